@@ -1,0 +1,59 @@
+# The library. Bits are a feature: the floating-point flags below hold in every build type.
+set(FUSESTEP_FP_FLAGS -ffp-contract=off -fno-math-errno -fno-trapping-math)
+find_package(Threads REQUIRED)
+
+add_library(fusestep
+  csrc/engine.cpp
+  csrc/groups.cpp
+  csrc/hyper.cpp
+  csrc/names.cpp
+  csrc/optimizer.cpp
+  csrc/plan.cpp
+  csrc/schedule.cpp
+  csrc/state.cpp
+  csrc/state_store.cpp
+  csrc/validate.cpp
+  csrc/cpu/backend_cpu.cpp
+  csrc/cpu/instruction_set.cpp
+  csrc/cpu/thread_pool.cpp)
+add_library(fusestep::fusestep ALIAS fusestep)
+set_target_properties(fusestep PROPERTIES
+  VERSION ${PROJECT_VERSION}
+  SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
+  POSITION_INDEPENDENT_CODE ON
+  CXX_VISIBILITY_PRESET hidden
+  VISIBILITY_INLINES_HIDDEN ON)
+target_include_directories(fusestep PUBLIC
+  $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+  $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+target_compile_features(fusestep PUBLIC cxx_std_20)
+target_compile_options(fusestep PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:${FUSESTEP_FP_FLAGS};-Wall;-Wextra;-Wconversion;-Wshadow>)
+target_link_libraries(fusestep PRIVATE Threads::Threads)
+
+# One object of the CPU loops per instruction set. -O3 in every build type: without it (and without
+# -fno-math-errno) the loops silently stay scalar.
+function(fusestep_add_isa isa)
+  set(object fusestep_kernels_${isa})
+  add_library(${object} OBJECT csrc/cpu/kernels.cpp)
+  target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/include)
+  target_compile_features(${object} PRIVATE cxx_std_20)
+  target_compile_definitions(${object} PRIVATE FUSESTEP_ISA=${isa})
+  target_compile_options(${object} PRIVATE ${FUSESTEP_FP_FLAGS} -O3 -Wall -Wextra ${ARGN})
+  set_target_properties(${object} PROPERTIES
+    POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  target_sources(fusestep PRIVATE $<TARGET_OBJECTS:${object}>)
+endfunction()
+
+fusestep_add_isa(baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  fusestep_add_isa(avx2 -mavx2 -mfma)
+  fusestep_add_isa(avx512 -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mfma
+                   -mprefer-vector-width=512)
+endif()
+
+if(FUSESTEP_WITH_CUDA)
+  include(cmake/kernels.cmake)
+else()
+  target_sources(fusestep PRIVATE csrc/cuda_unavailable.cpp)
+endif()

@@ -1,0 +1,185 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A step on the CPU: decide, prepare, then the chunks of every bucket on all threads.
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "fp_environment.h"
+#include "fusestep/detail/backend.h"
+#include "fusestep/detail/norm.h"
+#include "fusestep/error.h"
+#include "kernels.h"
+#include "thread_pool.h"
+#include "tuning.h"
+
+namespace fusestep::detail {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+class CpuBackend final : public Backend {
+ public:
+  int chunk_size(int) const override { return kCpuChunk; }
+  int vector_width(int) const override { return 1; }
+
+  void* allocate(std::size_t bytes, void*) override {
+    void* data = ::operator new(bytes, kAlignment, std::nothrow);
+    if (data == nullptr) {
+      throw OutOfMemory("no memory for " + std::to_string(bytes) + " bytes of state on cpu");
+    }
+    std::memset(data, 0, bytes);
+    return data;
+  }
+  void deallocate(void* data, std::size_t, void*) noexcept override {
+    ::operator delete(data, kAlignment);
+  }
+
+  void stage(const Tables& tables, void*) override {
+    plan_ = tables.plan;
+    if (!tables.hypers.empty()) hypers_.assign(tables.hypers.begin(), tables.hypers.end());
+    states_.resize(static_cast<std::size_t>(tables.states));
+    scalars_.resize(plan_->tensors.size());
+    norm_parts_.resize(std::max(norm_parts_.size(), static_cast<std::size_t>(tables.norm_parts)));
+    if (tables.members_changed) cut_tasks();
+    if (tables.norm_blocks_changed) norm_sums_.resize(plan_->norm_blocks.size());
+  }
+
+  void sum_squares(int position, void*) override {
+    const DefaultFpEnvironment environment;
+    const auto blocks = static_cast<std::int64_t>(plan_->norm_blocks.size());
+    constexpr std::int64_t per_task = kCpuTask / kNormBlock;
+    parallel_for(static_cast<int>((blocks + per_task - 1) / per_task), [&](int task) {
+      const DefaultFpEnvironment environment_of_thread;
+      const std::int64_t end = std::min(blocks, (task + 1) * per_task);
+      for (std::int64_t i = task * per_task; i < end; ++i) sum_block(i);
+    });
+    // The list of sums is summed in the same way until one is left.
+    std::int64_t count = blocks;
+    while (count > 1) {
+      const std::int64_t groups = norm_blocks(count);
+      for (std::int64_t i = 0; i < groups; ++i) {
+        NormSum* first = norm_sums_.data() + i * kNormBlock;
+        const auto size =
+            static_cast<int>(std::min<std::int64_t>(kNormBlock, count - i * kNormBlock));
+        norm_sums_[static_cast<std::size_t>(i)] = kernels_.add_sums(first, size);
+      }
+      count = groups;
+    }
+    norm_parts_[static_cast<std::size_t>(position)] = count == 0 ? NormSum{} : norm_sums_[0];
+  }
+  NormSum read_sum(int position, void*) override {
+    return norm_parts_[static_cast<std::size_t>(position)];
+  }
+  void copy_sum(int, Backend&, void*, void*) override {}  // there is only one CPU
+  void write_sum(int position, NormSum sum, void*) override {
+    norm_parts_[static_cast<std::size_t>(position)] = sum;
+  }
+
+  void run(const StepRequest& request, void*) override {
+    const DefaultFpEnvironment environment;
+    const StepDecision decision = decide(request, norm_parts_.data());
+    record(decision, control_);
+    if (decision.skip) return;
+    prepare(decision.grad_multiplier);
+    parallel_for(static_cast<int>(tasks_.size()), [&](int task) {
+      const DefaultFpEnvironment environment_of_thread;
+      apply(tasks_[static_cast<std::size_t>(task)]);
+    });
+  }
+
+  StepState read_state(int index) override { return states_[static_cast<std::size_t>(index)]; }
+  void write_state(int index, StepState state) override {
+    states_[static_cast<std::size_t>(index)] = state;
+  }
+  Control read_control() override { return control_; }
+  double read_scalar(const void* source, bool is_double, void*) override {
+    return StepScalar{1.0, source, is_double}.get();
+  }
+
+ private:
+  /// Chunks of one bucket that one thread does in a row.
+  struct Task {
+    const Bucket* bucket;
+    std::int64_t first_chunk, end_chunk;
+  };
+
+  void cut_tasks() {
+    tasks_.clear();
+    for (const Bucket& bucket : plan_->buckets) {
+      const std::int64_t end = bucket.first_chunk + bucket.chunks;
+      std::int64_t first = bucket.first_chunk, elements = 0;
+      for (std::int64_t i = first; i < end; ++i) {
+        elements += chunk_elements(plan_->chunks[static_cast<std::size_t>(i)]);
+        if (elements < kCpuTask && i + 1 < end) continue;
+        tasks_.push_back({&bucket, first, i + 1});
+        first = i + 1;
+        elements = 0;
+      }
+    }
+  }
+
+  std::int64_t chunk_elements(Chunk chunk) const {
+    const std::int64_t size = plan_->tensors[static_cast<std::size_t>(chunk.tensor)].size;
+    return std::min<std::int64_t>(kCpuChunk, size - std::int64_t{chunk.index} * kCpuChunk);
+  }
+
+  void sum_block(std::int64_t index) {
+    const Chunk block = plan_->norm_blocks[static_cast<std::size_t>(index)];
+    const TensorRow& row = plan_->tensors[static_cast<std::size_t>(block.tensor)];
+    const std::int64_t begin = std::int64_t{block.index} * kNormBlock;
+    const auto count = static_cast<int>(std::min<std::int64_t>(kNormBlock, row.size - begin));
+    const char* grads = static_cast<const char*>(row.grad) +
+                        static_cast<std::size_t>(begin) * size_of(row.grad_dtype);
+    norm_sums_[static_cast<std::size_t>(index)] =
+        kernels_.norm[static_cast<int>(row.grad_dtype)](grads, count);
+  }
+
+  /// Tensors that follow each other mostly share group and step count: theirs are copied.
+  void prepare(double multiplier) {
+    const PrepareRow* previous = nullptr;
+    StepState previous_before;
+    for (std::size_t i = 0; i < plan_->prepare.size(); ++i) {
+      const PrepareRow& row = plan_->prepare[i];
+      StepState& state = states_[static_cast<std::size_t>(row.state)];
+      const StepState before = state;
+      if (previous != nullptr && row.group == previous->group && row.rule == previous->rule &&
+          row.wide == previous->wide && before == previous_before) {
+        state = states_[static_cast<std::size_t>(previous->state)];
+        scalars_[i] = scalars_[i - 1];
+      } else {
+        prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier, state,
+                       scalars_[i]);
+      }
+      previous = &row;
+      previous_before = before;
+    }
+  }
+
+  void apply(const Task& task) const {
+    const ApplyFunction function = kernels_.apply[task.bucket->rule][task.bucket->layout];
+    for (std::int64_t i = task.first_chunk; i < task.end_chunk; ++i) {
+      const Chunk chunk = plan_->chunks[static_cast<std::size_t>(i)];
+      const auto tensor = static_cast<std::size_t>(chunk.tensor);
+      function(plan_->tensors[tensor], scalars_[tensor], std::int64_t{chunk.index} * kCpuChunk,
+               chunk_elements(chunk));
+    }
+  }
+
+  const CpuKernels& kernels_ = cpu_kernels();
+  const Plan* plan_ = nullptr;
+  std::vector<HyperRow> hypers_;
+  std::vector<StepState> states_;
+  std::vector<ScalarRow> scalars_;
+  std::vector<Task> tasks_;
+  std::vector<NormSum> norm_sums_, norm_parts_;
+  Control control_{};
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend() { return std::make_unique<CpuBackend>(); }
+
+}  // namespace fusestep::detail

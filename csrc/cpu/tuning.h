@@ -1,0 +1,18 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Numbers that only change the speed of the CPU backend.
+#pragma once
+
+#include <cstdint>
+
+namespace fusestep::detail {
+
+/// Elements of one tensor that are done in one call of a loop.
+inline constexpr int kCpuChunk = 16384;
+
+/// Elements that are worth handing to another thread, from however many tensors. See "Threads" in
+/// docs/performance.md.
+inline constexpr std::int64_t kCpuTask = 32768;
+
+}  // namespace fusestep::detail

@@ -1,0 +1,279 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The step: what is validated, allocated, brought to the devices and run, in this order.
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "fusestep/detail/rule_list.h"
+#include "plan.h"
+
+namespace fusestep::detail {
+namespace {
+
+void* stream_of(std::span<const Stream> streams, Device device) {
+  for (const Stream& stream : streams) {
+    if (stream.device == device) return stream.handle;
+  }
+  return nullptr;
+}
+
+/// Devices with work, in the order in which their shares of the norm are added.
+std::vector<DeviceRecord*> in_norm_order(std::vector<std::unique_ptr<DeviceRecord>>& devices) {
+  std::vector<DeviceRecord*> ordered;
+  for (const auto& device : devices) {
+    if (!device->plan.tensors.empty()) ordered.push_back(device.get());
+  }
+  std::sort(ordered.begin(), ordered.end(),
+            [](const auto* a, const auto* b) { return a->device < b->device; });
+  return ordered;
+}
+
+HyperRow hyper_row(const GroupRecord& group) {
+  HyperRow row{};
+  if (const auto* adam = std::get_if<AdamHyper>(&group.hyper)) row.adam = *adam;
+  if (const auto* sgd = std::get_if<SgdHyper>(&group.hyper)) row.sgd = *sgd;
+  if (const auto* rmsprop = std::get_if<RmspropHyper>(&group.hyper)) row.rmsprop = *rmsprop;
+  row.maximize = std::visit([](const auto& h) { return h.maximize; }, group.hyper);
+  if (group.lr_source.present) {
+    row.lr_source = group.lr_source.data;
+    row.lr_is_double = group.lr_source.dtype == DType::kFloat64;
+  }
+  return row;
+}
+
+bool needs_norm(const StepOptions& options) {
+  return options.max_grad_norm < HUGE_VAL || options.skip_nonfinite || options.measure_grad_norm;
+}
+
+}  // namespace
+
+void Engine::step(const StepOptions& options) {
+  refuse_if_broken();
+  check(options);
+  if (options.skip) {
+    ++skipped_by_caller_;
+    return;
+  }
+  const bool with_norm = needs_norm(options);
+  refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
+  on_device([&] {
+    if (with_norm) sum_squares(options.streams);
+    const auto working = in_norm_order(devices_);
+    const int norm_parts = with_norm ? static_cast<int>(working.size()) : 0;
+    // All requests first: finding one out may wait for another device.
+    std::vector<StepRequest> requests;
+    for (DeviceRecord* device : working) {
+      requests.push_back(request_for(*device, options, norm_parts));
+    }
+    for (std::size_t i = 0; i < working.size(); ++i) {
+      working[i]->backend->run(requests[i], stream_of(options.streams, working[i]->device));
+    }
+  });
+}
+
+GradNorm Engine::grad_norm(std::span<const Stream> streams) {
+  refuse_if_broken();
+  check({.streams = streams});
+  refresh(streams, static_cast<int>(devices_.size()));
+  NormSum total;
+  on_device([&] {
+    int position = 0;
+    for (DeviceRecord* device : in_norm_order(devices_)) {
+      void* stream = stream_of(streams, device->device);
+      device->backend->sum_squares(position, stream);
+      total = add(total, device->backend->read_sum(position, stream));
+      ++position;
+    }
+  });
+  return {std::sqrt(total.squares), total.nonfinite};
+}
+
+GradNorm Engine::last_grad_norm() {
+  for (DeviceRecord* device : in_norm_order(devices_)) {
+    const Control control = device->backend->read_control();
+    return {control.grad_norm, control.nonfinite};
+  }
+  return {std::nan(""), 0};
+}
+
+std::int64_t Engine::skipped_steps() {
+  std::int64_t most = 0;  // all devices skip together; one that joined late has seen fewer
+  for (const auto& device : devices_) {
+    most = std::max(most, device->backend->read_control().skipped_steps);
+  }
+  return skipped_by_caller_ + most;
+}
+
+void Engine::check(const StepOptions& options) const {
+  if (options.skip_source.present) check_scalar("skip_source", options.skip_source);
+  if (options.grad_multiplier_source.present) {
+    check_scalar("grad_multiplier_source", options.grad_multiplier_source);
+  }
+  if (std::isnan(options.grad_multiplier)) {
+    throw InvalidArgument("grad_multiplier must be a number, got NaN");
+  }
+  if (!(options.max_grad_norm >= 0)) {
+    throw InvalidArgument("max_grad_norm must be >= 0, got " +
+                          std::to_string(options.max_grad_norm));
+  }
+  for (const Stream& stream : options.streams) {
+    if (!stream.device.is_cuda()) {
+      throw InvalidArgument("a stream must belong to a CUDA device, got one of " +
+                            to_string(stream.device));
+    }
+  }
+}
+
+/// Brings every device up to date with groups, settings and gradients, or changes nothing.
+void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
+  const auto memory_changed = [](const auto& device) {
+    return device->members_changed || !device->changed_grads.empty();
+  };
+  if (std::any_of(devices_.begin(), devices_.end(), memory_changed)) check_no_overlap();
+
+  std::vector<StateStore::Growth> growths(devices_.size());
+  try {
+    on_device([&] {
+      for (std::size_t i = 0; i < devices_.size(); ++i) {
+        if (!devices_[i]->members_changed) continue;
+        growths[i] = grow_state(*devices_[i], stream_of(streams, devices_[i]->device));
+      }
+      for (std::size_t i = 0; i < devices_.size(); ++i) {
+        stage(static_cast<int>(i), stream_of(streams, devices_[i]->device), norm_parts);
+      }
+    });
+  } catch (...) {
+    for (std::size_t i = 0; i < devices_.size(); ++i) {
+      if (growths[i].slots.empty()) continue;
+      devices_[i]->store->undo(growths[i], stream_of(streams, devices_[i]->device));
+      devices_[i]->members_changed = true;  // its plan holds addresses that are gone
+    }
+    throw;
+  }
+}
+
+void Engine::check_no_overlap() const {
+  for (const auto& device : devices_) {
+    std::vector<MemoryRange> ranges = value_and_slot_ranges(device->device);
+    for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
+      const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
+      if (parameter.value.device != device->device || !parameter.steps()) continue;
+      ranges.push_back(range_of(i, "gradient", parameter.grad));
+    }
+    refuse_overlap(std::move(ranges));
+  }
+}
+
+/// Slots of parameters that step for the first time, or with a rule variant that has more of them.
+StateStore::Growth Engine::grow_state(DeviceRecord& device, void* stream) {
+  std::vector<StateStore::Wanted> wanted;
+  for (const GroupRecord& group : groups_) {
+    const SlotNames names = rule_info(find_rule(group.hyper)).slots;
+    for (const int index : group.parameters) {
+      ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+      if (parameter.value.device != device.device || !parameter.steps()) continue;
+      for (const std::string_view name : names) {
+        if (parameter.find_slot(name) != nullptr) continue;
+        wanted.push_back(
+            {&parameter, {name, slot_dtype(group, parameter.value.dtype), nullptr, false}});
+      }
+    }
+  }
+  return device.store->grow(std::move(wanted), stream);
+}
+
+void Engine::stage(int index, void* stream, int norm_parts) {
+  DeviceRecord& device = *devices_[static_cast<std::size_t>(index)];
+  Backend::Tables tables{};
+  if (device.members_changed) {
+    device.plan = build_plan(index, *device.backend, groups_, parameters_);
+    device.norm_blocks_staged = false;
+  } else {
+    tables.changed_rows =
+        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
+  }
+  const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
+  if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);
+
+  std::vector<HyperRow> hypers;
+  if (device.hypers_changed) {
+    for (const GroupRecord& group : groups_) hypers.push_back(hyper_row(group));
+  }
+  tables.plan = &device.plan;
+  tables.members_changed = device.members_changed;
+  tables.norm_blocks_changed = with_norm_blocks;
+  tables.hypers = hypers;
+  tables.states = device.states;
+  tables.norm_parts = norm_parts;
+  device.backend->stage(tables, stream);
+
+  device.staged_states = device.states;
+  for (const auto& [state, value] : device.given_states) device.backend->write_state(state, value);
+  device.given_states.clear();
+  device.members_changed = device.hypers_changed = false;
+  device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
+  device.changed_grads.clear();
+}
+
+/// Every device gets the sums of all devices.
+void Engine::sum_squares(std::span<const Stream> streams) {
+  const std::vector<DeviceRecord*> devices = in_norm_order(devices_);
+  for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
+    devices[static_cast<std::size_t>(i)]->backend->sum_squares(
+        i, stream_of(streams, devices[static_cast<std::size_t>(i)]->device));
+  }
+  if (devices.size() < 2) return;
+  for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
+    DeviceRecord& from = *devices[static_cast<std::size_t>(i)];
+    void* from_stream = stream_of(streams, from.device);
+    for (DeviceRecord* to : devices) {
+      if (to == &from) continue;
+      void* stream = stream_of(streams, to->device);
+      if (to->device.type == from.device.type) {
+        to->backend->copy_sum(i, *from.backend, from_stream, stream);
+      } else {  // between the CPU and a GPU the host has to wait
+        to->backend->write_sum(i, from.backend->read_sum(i, from_stream), stream);
+      }
+    }
+  }
+}
+
+StepRequest Engine::request_for(const DeviceRecord& device, const StepOptions& options,
+                                int norm_parts) {
+  const auto scalar = [&](double value, const TensorView& source) -> StepScalar {
+    if (!source.present) return {value};
+    const bool is_double = source.dtype == DType::kFloat64;
+    if (source.device == device.device) return {value, source.data, is_double};
+    Backend& there =
+        *devices_[static_cast<std::size_t>(device_index(source.device, "step"))]->backend;
+    return {value *
+            there.read_scalar(source.data, is_double, stream_of(options.streams, source.device))};
+  };
+  StepRequest request;
+  request.grad_multiplier = scalar(options.grad_multiplier, options.grad_multiplier_source);
+  request.skip = options.skip_source.present ? scalar(1.0, options.skip_source) : StepScalar{0.0};
+  request.max_grad_norm = options.max_grad_norm;
+  request.skip_nonfinite = options.skip_nonfinite;
+  request.norm_parts = norm_parts;
+  return request;
+}
+
+void Engine::refuse_if_broken() const {
+  if (broken_.empty()) return;
+  throw DeviceError("this optimizer cannot be used any more, a device has failed: " + broken_);
+}
+
+template <class F>
+void Engine::on_device(F&& work) {
+  try {
+    work();
+  } catch (const DeviceError& error) {
+    broken_ = error.what();
+    throw;
+  }
+}
+
+}  // namespace fusestep::detail

@@ -1,0 +1,104 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What stands behind Optimizer and its handles.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "fusestep/detail/backend.h"
+#include "fusestep/detail/plan.h"
+#include "fusestep/optimizer.h"
+#include "records.h"
+#include "state_store.h"
+#include "validate.h"
+
+namespace fusestep::detail {
+
+/// One device that parameters live on, and what has changed there since the last step.
+struct DeviceRecord {
+  Device device;
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<StateStore> store;
+  Plan plan;
+  int states = 0;                         // StepStates given to parameters
+  int staged_states = 0;                  // of them known to the backend
+  std::map<int, StepState> given_states;  // set by the caller, not yet known to the backend
+
+  bool members_changed = false;  // who steps, with which rule, or where values and slots are
+  bool norm_blocks_staged = false;
+  bool hypers_changed = false;
+  std::vector<int> changed_grads;  // parameters of the plan whose gradient is at another address
+};
+
+class Engine {
+ public:
+  explicit Engine(OptimizerOptions options) : options_(std::move(options)) {}
+
+  // groups.cpp: who is there, and with which settings
+  int add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                GroupOptions options);
+  int find_group(std::string_view name) const;
+  int find_parameter(std::string_view name) const;
+  void set_hyper(int group, const Hyper& hyper);
+  void set_lr_source(int group, const TensorView& source);
+  void set_grad(int parameter, const TensorView& grad);
+  void set_value(int parameter, const TensorView& value);
+  void set_frozen(int parameter, bool frozen);
+  void set_frozen(std::string_view name, bool frozen);
+  const std::vector<GroupRecord>& groups() const { return groups_; }
+  const std::vector<ParameterRecord>& parameters() const { return parameters_; }
+
+  // state.cpp: what has become of them
+  StepState read_state(int parameter);
+  void write_step(int parameter, std::int64_t step);
+  TensorView slot(int parameter, std::string_view name) const;
+  void bind_slot(int parameter, std::string_view name, const TensorView& memory);
+  std::map<std::string, std::size_t> memory_report() const;
+
+  // engine.cpp: the step
+  void step(const StepOptions& options);
+  GradNorm grad_norm(std::span<const Stream> streams);
+  GradNorm last_grad_norm();
+  std::int64_t skipped_steps();
+
+ private:
+  // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
+  void check(const StepOptions& options) const;
+  void refresh(std::span<const Stream> streams, int norm_parts);
+  void check_no_overlap() const;
+  StateStore::Growth grow_state(DeviceRecord& device, void* stream);
+  void stage(int device, void* stream, int norm_parts);
+  void sum_squares(std::span<const Stream> streams);
+  StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
+
+  /// Remembers a DeviceError, after which refuse_if_broken() throws for ever.
+  template <class F>
+  void on_device(F&& work);
+  void refuse_if_broken() const;
+
+  int device_index(Device device, const std::string& where);
+  DeviceRecord& device_of(const ParameterRecord& parameter) {
+    return *devices_[static_cast<std::size_t>(parameter.device)];
+  }
+  std::string where(const ParameterRecord& parameter) const;
+  static MemoryRange range_of(int parameter, std::string_view what, const TensorView& memory);
+  std::vector<MemoryRange> value_and_slot_ranges(Device device) const;
+  void refuse_overlap(std::vector<MemoryRange> ranges) const;
+
+  OptimizerOptions options_;
+  std::vector<std::unique_ptr<DeviceRecord>> devices_;
+  std::vector<GroupRecord> groups_;
+  std::vector<ParameterRecord> parameters_;
+  std::unordered_map<std::string, int> group_names_, parameter_names_;
+  std::string broken_;  // what a device reported; empty while all is well
+  std::int64_t skipped_by_caller_ = 0;
+};
+
+}  // namespace fusestep::detail

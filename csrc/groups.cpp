@@ -1,0 +1,235 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Groups, parameters and their settings: what the caller may hand in, and what a change means for
+// the next step.
+#include <utility>
+
+#include "engine.h"
+#include "fusestep/detail/layout.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace fusestep::detail {
+namespace {
+
+int find(const std::unordered_map<std::string, int>& names, std::string_view kind,
+         std::string_view name) {
+  const auto found = names.find(std::string(name));
+  if (found != names.end()) return found->second;
+  throw InvalidArgument("there is no " + std::string(kind) + " named '" + std::string(name) + "'");
+}
+
+void check_layout(const std::string& where, const GroupRecord& group, const TensorView& value) {
+  const DType slots = slot_dtype(group, value.dtype);
+  if (find_layout({value.dtype, value.dtype, slots})) return;
+  throw InvalidArgument(where + ": no layout for values of " + std::string(name_of(value.dtype)) +
+                        " with slots of " + std::string(name_of(slots)));
+}
+
+}  // namespace
+
+int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                      GroupOptions options) {
+  const std::string group_text = "group '" + name + "'";
+  if (group_names_.count(name) != 0) {
+    throw InvalidArgument(group_text + ": there is a group of this name already");
+  }
+  if (parameters.empty()) throw InvalidArgument(group_text + ": has no parameters");
+  validate(hyper, group_text);
+
+  const int group_index = static_cast<int>(groups_.size());
+  GroupRecord group{std::move(name), hyper, {}, options, {}};
+  std::vector<ParameterRecord> joining;
+  std::unordered_map<std::string, int> names;
+  for (Parameter& given : parameters) {
+    const std::string text = detail::where(group.name, given.name);
+    const int index = static_cast<int>(parameters_.size() + joining.size());
+    if (parameter_names_.count(given.name) != 0 || !names.emplace(given.name, index).second) {
+      throw InvalidArgument(text + ": there is a parameter of this name already");
+    }
+    if (!given.value.present) throw InvalidArgument(text + ": has no value");
+    check_memory(text, "value", given.value);
+    check_layout(text, group, given.value);
+    if (given.grad.present) {
+      check_like(text, "gradient", given.grad, given.value.dtype, given.value);
+    }
+    ParameterRecord record;
+    record.name = std::move(given.name);
+    record.group = group_index;
+    record.size = given.value.size();
+    record.value = std::move(given.value);
+    record.grad = std::move(given.grad);
+    group.parameters.push_back(index);
+    joining.push_back(std::move(record));
+  }
+  for (ParameterRecord& record : joining) {
+    record.device = device_index(record.value.device, detail::where(group.name, record.name));
+  }
+
+  // Everything that can still fail happens on copies or is taken back.
+  const std::size_t before = parameters_.size();
+  group_names_.reserve(group_names_.size() + 1);
+  parameter_names_.reserve(parameter_names_.size() + names.size());
+  std::unordered_map<std::string, int> group_name{{group.name, group_index}};
+  groups_.push_back(std::move(group));
+  try {
+    for (ParameterRecord& record : joining) parameters_.push_back(std::move(record));
+    for (const auto& device : devices_) refuse_overlap(value_and_slot_ranges(device->device));
+  } catch (...) {
+    groups_.pop_back();
+    parameters_.resize(before);
+    throw;
+  }
+  group_names_.merge(group_name);  // moves nodes: allocates nothing
+  parameter_names_.merge(names);
+  for (std::size_t i = before; i < parameters_.size(); ++i) {
+    DeviceRecord& device = device_of(parameters_[i]);
+    parameters_[i].state = device.states++;
+    device.members_changed = true;
+  }
+  for (const auto& device : devices_) device->hypers_changed = true;
+  return group_index;
+}
+
+int Engine::find_group(std::string_view name) const { return find(group_names_, "group", name); }
+
+int Engine::find_parameter(std::string_view name) const {
+  return find(parameter_names_, "parameter", name);
+}
+
+void Engine::set_hyper(int index, const Hyper& hyper) {
+  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  const std::string text = "group '" + group.name + "'";
+  if (hyper.index() != group.hyper.index()) {
+    throw InvalidArgument(text + ": its rule is " + std::string(rule_name(group.hyper)) +
+                          " and cannot become " + std::string(rule_name(hyper)));
+  }
+  validate(hyper, text);
+  const bool other_variant = find_rule(hyper) != find_rule(group.hyper);
+  group.hyper = hyper;
+  for (const auto& device : devices_) {
+    device->hypers_changed = true;
+    device->members_changed = device->members_changed || other_variant;
+  }
+}
+
+void Engine::set_lr_source(int index, const TensorView& source) {
+  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  if (source.present) {
+    const std::string text = "group '" + group.name + "': lr";
+    check_scalar(text, source);
+    for (const int parameter : group.parameters) {
+      const TensorView& value = parameters_[static_cast<std::size_t>(parameter)].value;
+      if (value.device == source.device) continue;
+      throw InvalidArgument(text + " must live where the group's parameters live, on " +
+                            to_string(value.device) + ", got " + to_string(source.device));
+    }
+  }
+  group.lr_source = source;
+  for (const auto& device : devices_) device->hypers_changed = true;
+}
+
+void Engine::set_grad(int index, const TensorView& grad) {
+  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  if (grad.present) {
+    check_like(where(parameter), "gradient", grad, parameter.value.dtype, parameter.value);
+  }
+  const bool steps_before = parameter.steps();
+  const bool moved = grad.data != parameter.grad.data;
+  DeviceRecord& device = device_of(parameter);
+  if (steps_before && grad.present && moved) device.changed_grads.push_back(index);
+  parameter.grad = grad;
+  if (parameter.steps() != steps_before) device.members_changed = true;
+}
+
+void Engine::set_value(int index, const TensorView& value) {
+  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  if (!value.present) throw InvalidArgument(where(parameter) + ": has no value");
+  check_like(where(parameter), "value", value, parameter.value.dtype, parameter.value);
+  TensorView before = std::exchange(parameter.value, value);
+  try {
+    refuse_overlap(value_and_slot_ranges(value.device));
+  } catch (...) {
+    parameter.value = std::move(before);
+    throw;
+  }
+  device_of(parameter).members_changed = true;
+}
+
+void Engine::set_frozen(int index, bool frozen) {
+  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  if (parameter.frozen == frozen) return;
+  parameter.frozen = frozen;
+  device_of(parameter).members_changed = true;
+}
+
+void Engine::set_frozen(std::string_view name, bool frozen) {
+  const auto parameter = parameter_names_.find(std::string(name));
+  const auto group = group_names_.find(std::string(name));
+  if (parameter != parameter_names_.end() && group != group_names_.end()) {
+    throw InvalidArgument("both a group and a parameter are named '" + std::string(name) +
+                          "': use group(name) or parameter(name)");
+  }
+  if (parameter != parameter_names_.end()) return set_frozen(parameter->second, frozen);
+  if (group == group_names_.end()) {
+    throw InvalidArgument("there is no group or parameter named '" + std::string(name) + "'");
+  }
+  for (const int member : groups_[static_cast<std::size_t>(group->second)].parameters) {
+    set_frozen(member, frozen);
+  }
+}
+
+int Engine::device_index(Device device, const std::string& where) {
+  for (std::size_t i = 0; i < devices_.size(); ++i) {
+    if (devices_[i]->device == device) return static_cast<int>(i);
+  }
+  const bool exists = device.is_cuda() ? device.index >= 0 && device.index < cuda_device_count()
+                                       : device.index == 0;
+  if (!exists) {
+    throw InvalidArgument(where + ": there is no device " + to_string(device) +
+                          (device.is_cuda() ? " (" + cuda_status() + ")" : ""));
+  }
+  auto record = std::make_unique<DeviceRecord>();
+  record->device = device;
+  record->backend = device.is_cuda() ? make_cuda_backend(device.index, options_.cuda_allocator)
+                                     : make_cpu_backend();
+  record->store = std::make_unique<StateStore>(*record->backend);
+  record->hypers_changed = true;
+  devices_.push_back(std::move(record));
+  return static_cast<int>(devices_.size()) - 1;
+}
+
+std::string Engine::where(const ParameterRecord& parameter) const {
+  return detail::where(groups_[static_cast<std::size_t>(parameter.group)].name, parameter.name);
+}
+
+MemoryRange Engine::range_of(int parameter, std::string_view what, const TensorView& memory) {
+  return {static_cast<const char*>(memory.data), memory.bytes(), parameter, what};
+}
+
+std::vector<MemoryRange> Engine::value_and_slot_ranges(Device device) const {
+  std::vector<MemoryRange> ranges;
+  for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
+    const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
+    if (parameter.value.device != device) continue;
+    ranges.push_back(range_of(i, "value", parameter.value));
+    for (const Slot& slot : parameter.slots) {
+      ranges.push_back({static_cast<const char*>(slot.data),
+                        static_cast<std::size_t>(parameter.size) * size_of(slot.dtype), i,
+                        slot.name});
+    }
+  }
+  return ranges;
+}
+
+void Engine::refuse_overlap(std::vector<MemoryRange> ranges) const {
+  Overlap overlap;
+  if (!find_overlap(ranges, overlap)) return;
+  const auto text = [&](const MemoryRange& range) {
+    return "'" + std::string(range.what) + "' of " +
+           where(parameters_[static_cast<std::size_t>(range.parameter)]);
+  };
+  throw InvalidArgument("memory overlaps: " + text(overlap.first) + " and " + text(overlap.second));
+}
+
+}  // namespace fusestep::detail

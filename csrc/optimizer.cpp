@@ -1,0 +1,107 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The public classes: each forwards to the engine.
+#include "fusestep/optimizer.h"
+
+#include "engine.h"
+
+namespace fusestep {
+namespace {
+
+const detail::ParameterRecord& record(const detail::Engine* engine, int parameter) {
+  return engine->parameters()[static_cast<std::size_t>(parameter)];
+}
+
+const detail::GroupRecord& group_record(const detail::Engine* engine, int group) {
+  return engine->groups()[static_cast<std::size_t>(group)];
+}
+
+}  // namespace
+
+std::int64_t StateRef::step() const { return engine_->read_state(parameter_).step; }
+void StateRef::set_step(std::int64_t step) { engine_->write_step(parameter_, step); }
+std::vector<std::string> StateRef::slot_names() const {
+  std::vector<std::string> names;
+  for (const detail::Slot& slot : record(engine_, parameter_).slots) names.emplace_back(slot.name);
+  return names;
+}
+TensorView StateRef::slot(std::string_view name) const { return engine_->slot(parameter_, name); }
+void StateRef::bind_slot(std::string_view name, const TensorView& memory) {
+  engine_->bind_slot(parameter_, name, memory);
+}
+
+const std::string& ParameterRef::name() const { return record(engine_, parameter_).name; }
+const TensorView& ParameterRef::value() const { return record(engine_, parameter_).value; }
+const TensorView& ParameterRef::grad() const { return record(engine_, parameter_).grad; }
+void ParameterRef::set_grad(const TensorView& grad) { engine_->set_grad(parameter_, grad); }
+void ParameterRef::set_value(const TensorView& value) { engine_->set_value(parameter_, value); }
+void ParameterRef::freeze() { engine_->set_frozen(parameter_, true); }
+void ParameterRef::thaw() { engine_->set_frozen(parameter_, false); }
+bool ParameterRef::frozen() const { return record(engine_, parameter_).frozen; }
+
+const std::string& GroupRef::name() const { return group_record(engine_, group_).name; }
+std::vector<ParameterRef> GroupRef::parameters() const {
+  std::vector<ParameterRef> members;
+  for (const int member : group_record(engine_, group_).parameters) {
+    members.push_back(ParameterRef(engine_, member));
+  }
+  return members;
+}
+const Hyper& GroupRef::hyper() const { return group_record(engine_, group_).hyper; }
+void GroupRef::set_hyper(const Hyper& hyper) { engine_->set_hyper(group_, hyper); }
+double GroupRef::lr() const { return learning_rate(hyper()); }
+void GroupRef::set_lr(double lr) {
+  Hyper changed = hyper();
+  std::visit([&](auto& h) { h.lr = lr; }, changed);
+  engine_->set_hyper(group_, changed);
+}
+void GroupRef::set_lr(const TensorView& source) { engine_->set_lr_source(group_, source); }
+void GroupRef::freeze() {
+  for (ParameterRef member : parameters()) member.freeze();
+}
+void GroupRef::thaw() {
+  for (ParameterRef member : parameters()) member.thaw();
+}
+
+Optimizer::Optimizer(OptimizerOptions options)
+    : engine_(std::make_unique<detail::Engine>(std::move(options))) {}
+Optimizer::~Optimizer() = default;
+Optimizer::Optimizer(Optimizer&&) noexcept = default;
+Optimizer& Optimizer::operator=(Optimizer&&) noexcept = default;
+
+GroupRef Optimizer::add_group(std::string name, const Hyper& hyper,
+                              std::vector<Parameter> parameters, GroupOptions options) {
+  return {engine_.get(),
+          engine_->add_group(std::move(name), hyper, std::move(parameters), options)};
+}
+GroupRef Optimizer::group(std::string_view name) {
+  return {engine_.get(), engine_->find_group(name)};
+}
+std::vector<GroupRef> Optimizer::groups() {
+  std::vector<GroupRef> all;
+  for (int i = 0; i < static_cast<int>(engine_->groups().size()); ++i) {
+    all.push_back(GroupRef(engine_.get(), i));
+  }
+  return all;
+}
+ParameterRef Optimizer::parameter(std::string_view name) {
+  return {engine_.get(), engine_->find_parameter(name)};
+}
+StateRef Optimizer::state(std::string_view parameter_name) {
+  return {engine_.get(), engine_->find_parameter(parameter_name)};
+}
+void Optimizer::freeze(std::string_view name) { engine_->set_frozen(name, true); }
+void Optimizer::thaw(std::string_view name) { engine_->set_frozen(name, false); }
+
+void Optimizer::step(const StepOptions& options) { engine_->step(options); }
+GradNorm Optimizer::grad_norm(std::span<const Stream> streams) {
+  return engine_->grad_norm(streams);
+}
+GradNorm Optimizer::last_grad_norm() const { return engine_->last_grad_norm(); }
+std::int64_t Optimizer::skipped_steps() const { return engine_->skipped_steps(); }
+std::map<std::string, std::size_t> Optimizer::memory_report() const {
+  return engine_->memory_report();
+}
+
+}  // namespace fusestep

@@ -1,0 +1,128 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "plan.h"
+
+#include <algorithm>
+
+#include "fusestep/detail/layout.h"
+#include "fusestep/detail/norm.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace fusestep::detail {
+namespace {
+
+/// The first element at which every array of the row starts a vector of `width` elements. Vectors
+/// are read in pieces of 16 bytes, or of their own size where that is less.
+std::int32_t vector_head(const TensorRow& row, const LayoutDTypes& dtypes, int slots, int width) {
+  const auto lines_up = [&](const void* data, DType dtype, int element) {
+    const auto address = reinterpret_cast<std::uintptr_t>(data) +
+                         static_cast<std::uintptr_t>(element) * size_of(dtype);
+    return address % 16 == 0;
+  };
+  for (int element = 0; element < width; ++element) {
+    bool all =
+        lines_up(row.value, dtypes.value, element) && lines_up(row.grad, dtypes.grad, element);
+    for (int i = 0; i < slots; ++i) all = all && lines_up(row.slot[i], dtypes.slot, element);
+    if (all) return element;
+  }
+  return kAllScalar;
+}
+
+/// Calls f(index of the group, parameter) in the order they were added.
+template <class F>
+void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& parameters, F&& f) {
+  for (int group = 0; group < static_cast<int>(groups.size()); ++group) {
+    for (const int index : groups[static_cast<std::size_t>(group)].parameters) {
+      auto& parameter = parameters[static_cast<std::size_t>(index)];
+      if (parameter.device == device && parameter.steps()) f(group, parameter);
+    }
+  }
+}
+
+int layout_of(const GroupRecord& group, const ParameterRecord& parameter) {
+  const DType value = parameter.value.dtype;
+  // add_group() has refused what is not in the table.
+  return find_layout({value, parameter.grad.dtype, slot_dtype(group, value)}).value();
+}
+
+TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
+                     const Backend& backend) {
+  TensorRow row{};
+  row.value = parameter.value.data;
+  row.grad = parameter.grad.data;
+  row.size = parameter.size;
+  row.grad_dtype = parameter.grad.dtype;
+  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
+  for (int i = 0; i < names.size; ++i) row.slot[i] = parameter.find_slot(names.data[i])->data;
+  const int layout = layout_of(group, parameter);
+  row.head = vector_head(row, layout_dtypes(layout), names.size, backend.vector_width(layout));
+  return row;
+}
+
+}  // namespace
+
+Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
+                std::vector<ParameterRecord>& parameters) {
+  struct Member {
+    int group;
+    ParameterRecord* parameter;
+  };
+  std::vector<std::vector<Member>> members(static_cast<std::size_t>(kRules * kLayouts));
+  for (ParameterRecord& parameter : parameters) {
+    if (parameter.device == device) parameter.row = -1;
+  }
+  for_each_stepping(device, groups, parameters, [&](int index, ParameterRecord& parameter) {
+    const GroupRecord& group = groups[static_cast<std::size_t>(index)];
+    const int bucket = find_rule(group.hyper) * kLayouts + layout_of(group, parameter);
+    members[static_cast<std::size_t>(bucket)].push_back({index, &parameter});
+  });
+
+  Plan plan;
+  for (int key = 0; key < kRules * kLayouts; ++key) {
+    const int rule = key / kLayouts, layout = key % kLayouts;
+    const auto first_chunk = static_cast<std::int64_t>(plan.chunks.size());
+    const std::int64_t chunk_size = backend.chunk_size(layout);
+    const bool wide = layout_dtypes(layout).value == DType::kFloat64;
+    for (const auto& [group, parameter] : members[static_cast<std::size_t>(key)]) {
+      const int row = parameter->row = static_cast<int>(plan.tensors.size());
+      plan.tensors.push_back(
+          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
+      plan.prepare.push_back({parameter->state, group, static_cast<std::int16_t>(rule), wide});
+      const std::int64_t chunks = (parameter->size + chunk_size - 1) / chunk_size;
+      for (std::int64_t i = 0; i < chunks; ++i) {
+        plan.chunks.push_back({row, static_cast<std::int32_t>(i)});
+      }
+    }
+    const auto chunks = static_cast<std::int64_t>(plan.chunks.size()) - first_chunk;
+    if (chunks != 0) plan.buckets.push_back({rule, layout, first_chunk, chunks});
+  }
+  return plan;
+}
+
+Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
+                               std::span<const GroupRecord> groups,
+                               const std::vector<ParameterRecord>& parameters) {
+  Backend::RowRange rows;
+  for (const int index : changed) {
+    const ParameterRecord& parameter = parameters[static_cast<std::size_t>(index)];
+    const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
+    plan.tensors[static_cast<std::size_t>(parameter.row)] = tensor_row(parameter, group, backend);
+    rows.begin = rows.end == 0 ? parameter.row : std::min(rows.begin, parameter.row);
+    rows.end = std::max(rows.end, parameter.row + 1);
+  }
+  return rows;
+}
+
+std::vector<Chunk> build_norm_blocks(int device, std::span<const GroupRecord> groups,
+                                     const std::vector<ParameterRecord>& parameters) {
+  std::vector<Chunk> blocks;
+  for_each_stepping(device, groups, parameters, [&](int, const ParameterRecord& parameter) {
+    const std::int64_t count = norm_blocks(parameter.size);
+    for (std::int64_t i = 0; i < count; ++i) {
+      blocks.push_back({parameter.row, static_cast<std::int32_t>(i)});
+    }
+  });
+  return blocks;
+}
+
+}  // namespace fusestep::detail

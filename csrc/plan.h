@@ -1,0 +1,30 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// From groups and parameters to the tables of a step.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "fusestep/detail/backend.h"
+#include "fusestep/detail/plan.h"
+#include "records.h"
+
+namespace fusestep::detail {
+
+/// The plan of the parameters of one device that step now; sets their `row`. Every slot they need
+/// exists. Tensors of a bucket stand in the order groups and parameters were added.
+Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
+                std::vector<ParameterRecord>& parameters);
+
+/// The blocks over which the norm of the planned gradients is summed, in the order of norm.h.
+std::vector<Chunk> build_norm_blocks(int device, std::span<const GroupRecord> groups,
+                                     const std::vector<ParameterRecord>& parameters);
+
+/// Rewrites the rows of these parameters, which are in the plan already.
+Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
+                               std::span<const GroupRecord> groups,
+                               const std::vector<ParameterRecord>& parameters);
+
+}  // namespace fusestep::detail

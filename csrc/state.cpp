@@ -1,0 +1,86 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// State as the caller sees it: step counts and slots by name.
+#include <algorithm>
+
+#include "engine.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace fusestep::detail {
+
+StepState Engine::read_state(int index) {
+  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  DeviceRecord& device = device_of(parameter);
+  const auto given = device.given_states.find(parameter.state);
+  if (given != device.given_states.end()) return given->second;
+  if (parameter.state >= device.staged_states) return {};
+  return device.backend->read_state(parameter.state);
+}
+
+void Engine::write_step(int index, std::int64_t step) {
+  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  if (step < 0) {
+    throw InvalidArgument(where(parameter) + ": step must be >= 0, got " + std::to_string(step));
+  }
+  StepState state = read_state(index);
+  state.step = step;
+  device_of(parameter).given_states[parameter.state] = state;
+}
+
+TensorView Engine::slot(int index, std::string_view name) const {
+  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  const Slot* slot = parameter.find_slot(name);
+  if (slot == nullptr) {
+    std::string present;
+    for (const Slot& other : parameter.slots) {
+      present += (present.empty() ? "" : ", ") + std::string(other.name);
+    }
+    throw InvalidArgument(where(parameter) + ": has no slot '" + std::string(name) +
+                          "'; its slots are: " + (present.empty() ? "none yet" : present));
+  }
+  return {slot->data, slot->dtype, parameter.value.shape, parameter.value.device, true};
+}
+
+void Engine::bind_slot(int index, std::string_view name, const TensorView& memory) {
+  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
+  const auto known = std::find(names.begin(), names.end(), name);
+  if (known == names.end()) {
+    throw InvalidArgument(where(parameter) + ": " +
+                          std::string(rule_info(find_rule(group.hyper)).name) + " has no slot '" +
+                          std::string(name) + "'");
+  }
+  const std::string what = "slot '" + std::string(name) + "'";
+  check_like(where(parameter), what, memory, slot_dtype(group, parameter.value.dtype),
+             parameter.value);
+
+  StepState state = read_state(index);
+  if (name == "momentum_buffer") state.buffer_filled = 1;
+  const std::vector<Slot> before = parameter.slots;
+  std::erase_if(parameter.slots, [&](const Slot& slot) { return slot.name == name; });
+  parameter.slots.push_back({*known, memory.dtype, memory.data, true});
+  try {
+    refuse_overlap(value_and_slot_ranges(memory.device));
+    device_of(parameter).given_states[parameter.state] = state;
+  } catch (...) {
+    parameter.slots = before;
+    throw;
+  }
+  device_of(parameter).members_changed = true;
+}
+
+std::map<std::string, std::size_t> Engine::memory_report() const {
+  std::map<std::string, std::size_t> bytes;
+  for (const ParameterRecord& parameter : parameters_) {
+    for (const Slot& slot : parameter.slots) {
+      if (slot.bound) continue;
+      bytes[std::string(slot.name)] +=
+          static_cast<std::size_t>(parameter.size) * size_of(slot.dtype);
+    }
+  }
+  return bytes;
+}
+
+}  // namespace fusestep::detail

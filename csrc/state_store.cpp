@@ -1,0 +1,62 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "state_store.h"
+
+#include <utility>
+
+namespace fusestep::detail {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t padded_bytes(const StateStore::Wanted& wanted) {
+  const std::size_t bytes =
+      static_cast<std::size_t>(wanted.parameter->size) * size_of(wanted.slot.dtype);
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+StateStore::~StateStore() { free_arenas(0, stream_); }
+
+StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
+  Growth growth{std::move(wanted), arenas_.size()};
+  constexpr DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  arenas_.reserve(arenas_.size() + std::size(dtypes));
+  for (const Wanted& slot : growth.slots) slot.parameter->slots.reserve(kMaxSlots);
+  for (const DType dtype : dtypes) {
+    std::size_t bytes = 0;
+    for (const Wanted& w : growth.slots) bytes += w.slot.dtype == dtype ? padded_bytes(w) : 0;
+    char* next = nullptr;
+    if (bytes != 0) {
+      try {
+        next = static_cast<char*>(backend_.allocate(bytes, stream));
+      } catch (...) {
+        free_arenas(growth.arenas_before, stream);
+        throw;
+      }
+      arenas_.push_back({next, bytes});
+    }
+    for (Wanted& w : growth.slots) {
+      if (w.slot.dtype != dtype) continue;
+      w.slot.data = next;
+      next += padded_bytes(w);
+    }
+  }
+  for (const Wanted& w : growth.slots) w.parameter->slots.push_back(w.slot);
+  stream_ = stream;
+  return growth;
+}
+
+void StateStore::undo(const Growth& growth, void* stream) noexcept {
+  for (const Wanted& w : growth.slots) w.parameter->slots.pop_back();
+  free_arenas(growth.arenas_before, stream);
+}
+
+void StateStore::free_arenas(std::size_t keep, void* stream) noexcept {
+  for (; arenas_.size() > keep; arenas_.pop_back()) {
+    backend_.deallocate(arenas_.back().data, arenas_.back().bytes, stream);
+  }
+}
+
+}  // namespace fusestep::detail

@@ -1,0 +1,48 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Where slots live: arenas, one per dtype each time parameters step for the first time.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "fusestep/detail/backend.h"
+#include "records.h"
+
+namespace fusestep::detail {
+
+class StateStore {
+ public:
+  explicit StateStore(Backend& backend) : backend_(backend) {}
+  ~StateStore();
+  StateStore(const StateStore&) = delete;
+  StateStore& operator=(const StateStore&) = delete;
+
+  struct Wanted {
+    ParameterRecord* parameter;
+    Slot slot;  // without an address
+  };
+  struct Growth {
+    std::vector<Wanted> slots;
+    std::size_t arenas_before;
+  };
+  /// Gives every wanted slot zeroed memory, 64-byte aligned, all of one dtype in one allocation,
+  /// and adds it to its parameter. Throws OutOfMemory and changes nothing.
+  Growth grow(std::vector<Wanted> wanted, void* stream);
+  /// Takes the latest growth back.
+  void undo(const Growth& growth, void* stream) noexcept;
+
+ private:
+  struct Arena {
+    char* data;
+    std::size_t bytes;
+  };
+  void free_arenas(std::size_t keep, void* stream) noexcept;
+
+  Backend& backend_;
+  std::vector<Arena> arenas_;
+  void* stream_ = nullptr;  // of the last growth
+};
+
+}  // namespace fusestep::detail

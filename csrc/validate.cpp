@@ -1,0 +1,86 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "validate.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <limits>
+
+#include "fusestep/error.h"
+
+namespace fusestep::detail {
+
+std::string where(const std::string& group, const std::string& parameter) {
+  return "group '" + group + "', parameter '" + parameter + "'";
+}
+
+void check_memory(const std::string& where, const std::string& what, const TensorView& memory) {
+  std::int64_t elements = 1;
+  for (const std::int64_t extent : memory.shape) {
+    if (extent < 0) {
+      throw InvalidArgument(where + ": " + what + " has the negative extent " +
+                            std::to_string(extent) + " in shape " + to_string(memory.shape));
+    }
+    if (extent != 0 && elements > std::numeric_limits<std::int64_t>::max() / 8 / extent) {
+      throw InvalidArgument(where + ": " + what + " of shape " + to_string(memory.shape) +
+                            " has more elements than can be addressed");
+    }
+    elements *= extent;
+  }
+  if (elements == 0) return;
+  if (memory.data == nullptr) {
+    throw InvalidArgument(where + ": " + what + " of shape " + to_string(memory.shape) +
+                          " is a null pointer");
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data);
+  if (address % size_of(memory.dtype) != 0) {
+    throw InvalidArgument(where + ": address of " + what + " must be a multiple of " +
+                          std::to_string(size_of(memory.dtype)) + " for " +
+                          std::string(name_of(memory.dtype)) + ", got " + std::to_string(address));
+  }
+}
+
+void check_like(const std::string& where, const std::string& what, const TensorView& memory,
+                DType dtype, const TensorView& value) {
+  const auto refuse = [&](const std::string& property, const std::string& expected,
+                          const std::string& got) {
+    throw InvalidArgument(where + ": " + what + " has " + property + " " + got + ", expected " +
+                          expected);
+  };
+  if (memory.dtype != dtype) {
+    refuse("dtype", std::string(name_of(dtype)), std::string(name_of(memory.dtype)));
+  }
+  if (memory.shape != value.shape) {
+    refuse("shape", to_string(value.shape), to_string(memory.shape));
+  }
+  if (memory.device != value.device) {
+    refuse("device", to_string(value.device), to_string(memory.device));
+  }
+  check_memory(where, what, memory);
+}
+
+void check_scalar(const std::string& what, const TensorView& scalar) {
+  const bool real = scalar.dtype == DType::kFloat32 || scalar.dtype == DType::kFloat64;
+  if (!real || scalar.size() != 1) {
+    throw InvalidArgument(what + " must be one float32 or float64 element, got shape " +
+                          to_string(scalar.shape) + " of " + std::string(name_of(scalar.dtype)));
+  }
+  check_memory(what, "its memory", scalar);
+}
+
+bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found) {
+  std::erase_if(ranges, [](const MemoryRange& range) { return range.bytes == 0; });
+  std::sort(ranges.begin(), ranges.end(), [](const MemoryRange& a, const MemoryRange& b) {
+    return std::less<>()(a.begin, b.begin);
+  });
+  for (std::size_t i = 1; i < ranges.size(); ++i) {
+    const auto distance = static_cast<std::size_t>(ranges[i].begin - ranges[i - 1].begin);
+    if (distance >= ranges[i - 1].bytes) continue;
+    found = {ranges[i - 1], ranges[i]};
+    return true;
+  }
+  return false;
+}
+
+}  // namespace fusestep::detail

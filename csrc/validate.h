@@ -1,0 +1,41 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Checks of what the caller hands in. Each throws InvalidArgument and changes nothing.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "fusestep/tensor_view.h"
+
+namespace fusestep::detail {
+
+/// "group 'head', parameter 'fc.weight'"
+std::string where(const std::string& group, const std::string& parameter);
+
+/// Extents, address and alignment of memory named `what` ("value", "gradient", "slot 'exp_avg'").
+void check_memory(const std::string& where, const std::string& what, const TensorView& memory);
+
+/// Same dtype, shape and device as the parameter's value.
+void check_like(const std::string& where, const std::string& what, const TensorView& memory,
+                DType dtype, const TensorView& value);
+
+/// One float32 or float64 element.
+void check_scalar(const std::string& what, const TensorView& scalar);
+
+/// A stretch of one device's memory and whose it is.
+struct MemoryRange {
+  const char* begin;
+  std::size_t bytes;
+  int parameter;
+  std::string_view what;
+};
+
+/// The first two neighbours that overlap, or nothing. Sorts `ranges`; empty ones are ignored.
+struct Overlap {
+  MemoryRange first, second;
+};
+bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found);
+
+}  // namespace fusestep::detail

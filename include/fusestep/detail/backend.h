@@ -1,0 +1,71 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the engine asks of a device. One backend serves one optimizer on one device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "fusestep/detail/plan.h"
+#include "fusestep/detail/prepare.h"
+#include "fusestep/device.h"
+
+namespace fusestep::detail {
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// Elements per chunk, and elements per vector access that rows are to be lined up for (1: none).
+  virtual int chunk_size(int layout) const = 0;
+  virtual int vector_width(int layout) const = 0;
+
+  /// Memory for state, zeroed in stream order. Throws OutOfMemory.
+  virtual void* allocate(std::size_t bytes, void* stream) = 0;
+  virtual void deallocate(void* data, std::size_t bytes, void* stream) noexcept = 0;
+
+  /// What has changed since the last call that succeeded, and where it stands now. `plan` stays
+  /// where it is until the next call.
+  struct RowRange {
+    int begin = 0, end = 0;
+  };
+  struct Tables {
+    const Plan* plan;
+    bool members_changed;  // the whole plan, norm_blocks apart
+    bool norm_blocks_changed;
+    RowRange changed_rows;             // if members_changed is false: these rows of plan->tensors
+    std::span<const HyperRow> hypers;  // empty: as before
+    int states;                        // StepStates there must be; new ones are zero
+    int norm_parts;                    // NormSums there must be room for; 0 if no norm is asked for
+  };
+  /// Bring that to the device. Throws OutOfMemory, and can be called again with the same.
+  virtual void stage(const Tables& tables, void* stream) = 0;
+
+  /// Sum the squares of the plan's gradients into part `position` of the norm.
+  virtual void sum_squares(int position, void* stream) = 0;
+  /// That sum in this process's memory; waits for the device.
+  virtual NormSum read_sum(int position, void* stream) = 0;
+  /// Part `position` is what `from`, another device of the same kind, has summed; no waiting here.
+  virtual void copy_sum(int position, Backend& from, void* from_stream, void* stream) = 0;
+  /// Part `position` is this.
+  virtual void write_sum(int position, NormSum sum, void* stream) = 0;
+
+  /// prepare, then apply for every bucket.
+  virtual void run(const StepRequest& request, void* stream) = 0;
+
+  /// These wait for the device.
+  virtual StepState read_state(int index) = 0;
+  virtual void write_state(int index, StepState state) = 0;
+  virtual Control read_control() = 0;
+  /// One float32 or float64 on this device.
+  virtual double read_scalar(const void* source, bool is_double, void* stream) = 0;
+};
+
+std::unique_ptr<Backend> make_cpu_backend();
+/// Throws DeviceError, with cuda_status(), where there is no such device.
+std::unique_ptr<Backend> make_cuda_backend(int index, std::shared_ptr<Allocator> allocator);
+
+}  // namespace fusestep::detail

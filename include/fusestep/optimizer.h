@@ -1,0 +1,202 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The optimizer: parameter groups, their state, and the step.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fusestep/device.h"
+#include "fusestep/error.h"
+#include "fusestep/export.h"
+#include "fusestep/hyper.h"
+#include "fusestep/tensor_view.h"
+
+namespace fusestep {
+
+/// A parameter as it is handed in. The memory is the caller's and must outlive its use here.
+struct Parameter {
+  std::string name;  ///< unique in the optimizer
+  TensorView value;
+  TensorView grad = {};  ///< absent: skipped by every step until set_grad()
+};
+
+/// The dtype of the slots of bf16 and fp16 parameters; those of float32 and float64 parameters have
+/// the parameter's dtype either way.
+enum class SlotDType : std::uint8_t {
+  kFloat32,       ///< moments keep what a 16-bit type would round away
+  kLikeParameter  ///< torch's convention
+};
+
+struct GroupOptions {
+  SlotDType slots = SlotDType::kFloat32;
+};
+
+/// What one step does besides the rule. The step is `grad * grad_multiplier *
+/// *grad_multiplier_source`, clipped, then the rule.
+struct StepOptions {
+  /// Change nothing: no parameter, slot or step count.
+  bool skip = false;
+  /// float32 or float64 scalar, read where it lives when the step runs: not 0 means skip (a
+  /// GradScaler's found_inf).
+  TensorView skip_source = {};
+  double grad_multiplier = 1.0;
+  /// float32 or float64 scalar, read where it lives when the step runs.
+  TensorView grad_multiplier_source = {};
+  /// Scale all gradients by min(1, max_grad_norm / (norm + 1e-6)), where norm is the 2-norm over
+  /// all gradients that step now, after the multiplier. The gradients in memory stay as they are.
+  double max_grad_norm = std::numeric_limits<double>::infinity();
+  /// Skip if any element of a gradient is infinite or NaN; decided on the device.
+  bool skip_nonfinite = false;
+  /// Compute the norm even if nothing above needs it.
+  bool measure_grad_norm = false;
+  /// The stream of each CUDA device; its default stream where none is given.
+  std::span<const Stream> streams = {};
+};
+
+/// The 2-norm over all gradients and how many of their elements are infinite or NaN.
+struct GradNorm {
+  double norm = 0;
+  std::int64_t nonfinite = 0;
+};
+
+namespace detail {
+class Engine;
+}
+
+/// A handle to one parameter's state. Valid as long as the optimizer.
+class FUSESTEP_API StateRef {
+ public:
+  /// Steps this parameter has taken. Waits for the device where the parameter lives on one.
+  std::int64_t step() const;
+  void set_step(std::int64_t step);
+
+  /// Names of the slots that exist; none before the first step.
+  std::vector<std::string> slot_names() const;
+  /// A slot's memory, to read and to write: value's shape, on value's device.
+  TensorView slot(std::string_view name) const;
+  /// Use the caller's memory as this slot, with what it holds: value's shape and device, and the
+  /// group's slot dtype. A momentum buffer counts as filled.
+  void bind_slot(std::string_view name, const TensorView& memory);
+
+ private:
+  friend class Optimizer;
+  StateRef(detail::Engine* engine, int parameter) : engine_(engine), parameter_(parameter) {}
+  detail::Engine* engine_;
+  int parameter_;
+};
+
+/// A handle to one parameter. Valid as long as the optimizer.
+class FUSESTEP_API ParameterRef {
+ public:
+  const std::string& name() const;
+  const TensorView& value() const;
+  const TensorView& grad() const;
+
+  /// Gradient for the next steps: value's dtype, shape and device; an absent view means none.
+  void set_grad(const TensorView& grad);
+  void clear_grad() { set_grad({}); }
+  /// The parameter has moved: same dtype, shape and device at another address.
+  void set_value(const TensorView& value);
+
+  /// A frozen parameter is not read, written, decayed, counted or part of a norm. Its state stays
+  /// and goes on when thawed.
+  void freeze();
+  void thaw();
+  bool frozen() const;
+
+ private:
+  friend class Optimizer;
+  friend class GroupRef;
+  ParameterRef(detail::Engine* engine, int parameter) : engine_(engine), parameter_(parameter) {}
+  detail::Engine* engine_;
+  int parameter_;
+};
+
+/// A handle to one group. Valid as long as the optimizer.
+class FUSESTEP_API GroupRef {
+ public:
+  const std::string& name() const;
+  std::vector<ParameterRef> parameters() const;
+
+  const Hyper& hyper() const;
+  /// Counts from the next step. The rule stays what it was; amsgrad, momentum, centered may change,
+  /// and slots that come to be needed start at zero.
+  void set_hyper(const Hyper& hyper);
+  double lr() const;
+  void set_lr(double lr);
+  /// The learning rate is read from this float32 or float64 scalar whenever a step runs; an absent
+  /// view returns to the hyperparameter. It must live where the group's parameters live.
+  void set_lr(const TensorView& source);
+
+  /// All parameters of the group.
+  void freeze();
+  void thaw();
+
+ private:
+  friend class Optimizer;
+  GroupRef(detail::Engine* engine, int group) : engine_(engine), group_(group) {}
+  detail::Engine* engine_;
+  int group_;
+};
+
+struct OptimizerOptions {
+  /// Where slots of parameters on CUDA devices come from; cudaMallocAsync if null.
+  std::shared_ptr<Allocator> cuda_allocator = nullptr;
+};
+
+/// Parameter groups and one step over all of them.
+///
+/// Not safe for use by two threads at a time; different optimizers are independent. Work on a CUDA
+/// device is enqueued on the caller's stream and not waited for: parameters and gradients must stay
+/// allocated until it has run, as for any kernel, and destroying the optimizer waits for its own.
+class FUSESTEP_API Optimizer {
+ public:
+  explicit Optimizer(OptimizerOptions options = {});
+  ~Optimizer();
+  Optimizer(Optimizer&&) noexcept;
+  Optimizer& operator=(Optimizer&&) noexcept;
+
+  /// Adds parameters that step with these settings; at any time. Throws InvalidArgument and changes
+  /// nothing for names that are taken, memory that is null or overlaps, dtypes or devices that
+  /// cannot step, and settings torch would refuse.
+  GroupRef add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                     GroupOptions options = {});
+
+  GroupRef group(std::string_view name);
+  std::vector<GroupRef> groups();
+  ParameterRef parameter(std::string_view name);
+  StateRef state(std::string_view parameter_name);
+
+  /// Freezes or thaws the parameter or the group of this name.
+  void freeze(std::string_view name);
+  void thaw(std::string_view name);
+
+  /// One step of every parameter that is not frozen and has a gradient. An exception other than
+  /// DeviceError leaves parameters, state and step counts as they were.
+  void step(const StepOptions& options = {});
+
+  /// The norm over the gradients that would step now. Waits for the device.
+  GradNorm grad_norm(std::span<const Stream> streams = {});
+  /// The norm the last step has computed (max_grad_norm, skip_nonfinite, measure_grad_norm); NaN if
+  /// it did not. Waits for the device.
+  GradNorm last_grad_norm() const;
+  /// Steps that changed nothing because of skip, skip_source or skip_nonfinite. Waits for the
+  /// device.
+  std::int64_t skipped_steps() const;
+
+  /// Bytes of state by slot name; what was bound with bind_slot is not counted.
+  std::map<std::string, std::size_t> memory_report() const;
+
+ private:
+  std::unique_ptr<detail::Engine> engine_;
+};
+
+}  // namespace fusestep
