@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/fp_environment.h"
 #include "fusestep/detail/rule_list.h"
 #include "plan.h"
 
@@ -59,6 +60,7 @@ void Engine::step(const StepOptions& options) {
   }
   const bool with_norm = needs_norm(options);
   refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
+  const DefaultFpEnvironment environment;
   on_device([&] {
     if (with_norm) sum_squares(options.streams);
     const auto working = in_norm_order(devices_);
@@ -78,6 +80,7 @@ GradNorm Engine::grad_norm(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
   refresh(streams, static_cast<int>(devices_.size()));
+  const DefaultFpEnvironment environment;
   NormSum total;
   on_device([&] {
     int position = 0;

@@ -1,0 +1,9 @@
+# The CUDA backend. -fmad=false: a product and a sum are fused only where a rule says fma, so that the
+# GPU gives the bits of the CPU. Nothing of fast-math. -std by hand: CMake 3.25 does not know nvcc 13's.
+set(FUSESTEP_CUDA_SOURCES kernels/apply.cu kernels/backend_cuda.cu)
+target_sources(fusestep PRIVATE ${FUSESTEP_CUDA_SOURCES})
+set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep PROPERTIES
+  COMPILE_OPTIONS "-std=c++20;-fmad=false;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off")
+set_target_properties(fusestep PROPERTIES
+  CUDA_VISIBILITY_PRESET hidden
+  CUDA_RUNTIME_LIBRARY Static)

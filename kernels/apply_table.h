@@ -1,0 +1,20 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The apply kernels as data: one entry per (rule variant, layout).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "apply.cuh"
+
+namespace fusestep::detail {
+
+struct ApplyKernel {
+  cudaError_t (*launch)(const ApplyTables& tables, unsigned blocks, cudaStream_t stream);
+  cudaError_t (*load)();
+};
+
+ApplyKernel apply_kernel(int rule, int layout);
+
+}  // namespace fusestep::detail

@@ -1,0 +1,42 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Return codes of the CUDA runtime as exceptions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "fusestep/error.h"
+
+namespace fusestep::detail {
+
+/// Throws OutOfMemory or DeviceError: "cuda:0: launching prepare: cudaErrorXyz (its sentence)".
+inline void cuda_check(cudaError_t code, int device, const char* doing) {
+  if (code == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // the code is ours now, later calls shall not report it
+  const std::string text = "cuda:" + std::to_string(device) + ": " + doing + ": " +
+                           cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ")";
+  if (code == cudaErrorMemoryAllocation) throw OutOfMemory(text);
+  throw DeviceError(text);
+}
+
+/// The device is current while it lives; then the caller's is again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    cuda_check(cudaGetDevice(&callers_), device, "finding the current device");
+    if (callers_ != device) cuda_check(cudaSetDevice(device), device, "making it current");
+  }
+  ~DeviceGuard() {
+    if (callers_ != device_) static_cast<void>(cudaSetDevice(callers_));
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, callers_ = 0;
+};
+
+}  // namespace fusestep::detail

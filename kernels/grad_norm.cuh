@@ -1,0 +1,111 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sums of squares in the order of detail/norm.h. A thread takes the elements t, t + 512, ... of its
+// block, so the first halvings stay in its registers; the others go through shared memory.
+// Neighbouring threads read neighbouring elements whatever the alignment.
+#pragma once
+
+#include "fusestep/detail/norm.h"
+#include "tuning.h"
+
+namespace fusestep::detail {
+
+inline constexpr int kNormPerThread = kNormBlock / kNormThreads;
+
+constexpr int log2_of(int power_of_two) {
+  int result = 0;
+  for (; power_of_two > 1; power_of_two /= 2) ++result;
+  return result;
+}
+
+/// What both kernels have in common; `Source` says what element i of a block is.
+template <class Source>
+struct SumBlocks {
+  static constexpr int kThreads = kNormThreads;
+  static constexpr int kMinBlocks = 2;
+  static constexpr int kPhases = 2 + log2_of(kThreads);
+  struct Shared {
+    double squares[kThreads];
+    std::int64_t nonfinite[kThreads];
+  };
+
+  Source source;
+  NormSum* sums;  // one per block
+
+  FUSESTEP_HD void operator()(unsigned block, unsigned thread, int phase, Shared& shared) const {
+    if (phase == 0) {
+      const NormSum own = source.sum_of_thread(block, static_cast<int>(thread));
+      shared.squares[thread] = own.squares;
+      shared.nonfinite[thread] = own.nonfinite;
+    } else if (phase < kPhases - 1) {
+      const unsigned half = static_cast<unsigned>(kThreads) >> phase;
+      if (thread >= half) return;
+      shared.squares[thread] += shared.squares[thread + half];
+      shared.nonfinite[thread] += shared.nonfinite[thread + half];
+    } else if (thread == 0) {
+      sums[block] = {shared.squares[0], shared.nonfinite[0]};
+    }
+  }
+};
+
+/// Adds x[0] ... x[kNormPerThread - 1] by halves.
+FUSESTEP_HD NormSum add_by_halves(NormSum (&x)[kNormPerThread]) {
+#pragma unroll
+  for (int half = kNormPerThread / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) x[i] = add(x[i], x[i + half]);
+  }
+  return x[0];
+}
+
+/// Squares of gradients.
+struct GradientSource {
+  const Chunk* blocks;
+  const TensorRow* tensors;
+
+  FUSESTEP_HD NormSum sum_of_thread(unsigned block, int thread) const {
+    const Chunk chunk = blocks[block];
+    const TensorRow& row = tensors[chunk.tensor];
+    switch (row.grad_dtype) {
+      case DType::kFloat64: return sum<double>(row, chunk.index, thread);
+      case DType::kBFloat16: return sum<bfloat16>(row, chunk.index, thread);
+      case DType::kFloat16: return sum<float16>(row, chunk.index, thread);
+      case DType::kFloat32: break;
+    }
+    return sum<float>(row, chunk.index, thread);
+  }
+
+ private:
+  template <class Grad>
+  FUSESTEP_HD static NormSum sum(const TensorRow& row, int index, int thread) {
+    const std::int64_t begin = std::int64_t{index} * kNormBlock;
+    const std::int64_t left = row.size - begin;
+    const Grad* grad = static_cast<const Grad*>(row.grad) + begin;
+    NormSum x[kNormPerThread];
+#pragma unroll
+    for (int k = 0; k < kNormPerThread; ++k) {
+      const int i = thread + k * kNormThreads;
+      x[k] = i < left ? square(grad[i]) : NormSum{};
+    }
+    return add_by_halves(x);
+  }
+};
+
+/// Sums of the round before.
+struct SumSource {
+  const NormSum* sums;
+  std::int64_t count;
+
+  FUSESTEP_HD NormSum sum_of_thread(unsigned block, int thread) const {
+    NormSum x[kNormPerThread];
+#pragma unroll
+    for (int k = 0; k < kNormPerThread; ++k) {
+      const std::int64_t i = std::int64_t{block} * kNormBlock + thread + k * kNormThreads;
+      x[k] = i < count ? sums[i] : NormSum{};
+    }
+    return add_by_halves(x);
+  }
+};
+
+}  // namespace fusestep::detail

@@ -1,0 +1,37 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The first kernel of a step: decide whether and how it goes, count it, and compute the scalars of
+// every tensor, one tensor per thread.
+#pragma once
+
+#include "fusestep/detail/prepare.h"
+#include "tuning.h"
+
+namespace fusestep::detail {
+
+struct Prepare {
+  static constexpr int kThreads = kPrepareThreads;
+  static constexpr int kMinBlocks = 1;
+
+  StepRequest request;
+  const NormSum* norm_parts;
+  const PrepareRow* rows;
+  const HyperRow* hypers;
+  StepState* states;
+  ScalarRow* scalars;
+  Control* control;
+  int tensors;
+
+  FUSESTEP_HD void operator()(unsigned block, unsigned thread) const {
+    const StepDecision decision = decide(request, norm_parts);
+    if (block == 0 && thread == 0) record(decision, *control);
+    const int tensor = static_cast<int>(block) * kThreads + static_cast<int>(thread);
+    if (decision.skip || tensor >= tensors) return;
+    const PrepareRow row = rows[tensor];
+    prepare_tensor(row, hypers[row.group], decision.grad_multiplier, states[row.state],
+                   scalars[tensor]);
+  }
+};
+
+}  // namespace fusestep::detail

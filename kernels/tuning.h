@@ -1,0 +1,31 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Numbers that only change the speed of the CUDA backend. Measurements: docs/performance.md.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "fusestep/detail/layout.h"
+
+namespace fusestep::detail {
+
+template <class L>
+struct ApplyTuning {
+  static constexpr int kThreads = 512;
+  /// Per multiprocessor: two allow 64 registers a thread, which double arithmetic would spill.
+  static constexpr int kMinBlocks = sizeof(typename L::Real) == 8 ? 1 : 2;
+  /// Elements a thread handles at a time: one 16-byte access of the narrowest array.
+  static constexpr int kWidth = 16 / sizeof(typename L::Value);
+  /// Elements of a thread block.
+  static constexpr int kChunk = sizeof(typename L::Value) == 2 ? 8192 : 4096;
+};
+
+inline constexpr int kPrepareThreads = 128;
+inline constexpr int kNormThreads = 512;
+
+/// Bytes of pinned memory that uploads pass through. Holds the tables of 10,000 tensors.
+inline constexpr std::size_t kRingBytes = std::size_t{2} << 20;
+
+}  // namespace fusestep::detail
