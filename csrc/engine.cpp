@@ -34,10 +34,12 @@ std::vector<DeviceRecord*> in_norm_order(std::vector<std::unique_ptr<DeviceRecor
 
 HyperRow hyper_row(const GroupRecord& group) {
   HyperRow row{};
-  if (const auto* adam = std::get_if<AdamHyper>(&group.hyper)) row.adam = *adam;
-  if (const auto* sgd = std::get_if<SgdHyper>(&group.hyper)) row.sgd = *sgd;
-  if (const auto* rmsprop = std::get_if<RmspropHyper>(&group.hyper)) row.rmsprop = *rmsprop;
-  row.maximize = std::visit([](const auto& h) { return h.maximize; }, group.hyper);
+  std::visit(
+      [&](const auto& settings) {
+        row.set(settings);
+        row.maximize = settings.maximize;
+      },
+      group.hyper);
   if (group.lr_source.present) {
     row.lr_source = group.lr_source.data;
     row.lr_is_double = group.lr_source.dtype == DType::kFloat64;
@@ -110,11 +112,14 @@ std::int64_t Engine::skipped_steps() {
   return skipped_by_caller_ + most;
 }
 
-void Engine::check(const StepOptions& options) const {
-  if (options.skip_source.present) check_scalar("skip_source", options.skip_source);
-  if (options.grad_multiplier_source.present) {
-    check_scalar("grad_multiplier_source", options.grad_multiplier_source);
-  }
+void Engine::check(const StepOptions& options) {
+  const auto check_source = [&](const std::string& name, const TensorView& source) {
+    if (!source.present) return;
+    check_scalar(name, source);
+    device_index(source.device, name);
+  };
+  check_source("skip_source", options.skip_source);
+  check_source("grad_multiplier_source", options.grad_multiplier_source);
   if (std::isnan(options.grad_multiplier)) {
     throw InvalidArgument("grad_multiplier must be a number, got NaN");
   }

@@ -70,7 +70,7 @@ class Engine {
 
  private:
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
-  void check(const StepOptions& options) const;
+  void check(const StepOptions& options);
   void refresh(std::span<const Stream> streams, int norm_parts);
   void check_no_overlap() const;
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);

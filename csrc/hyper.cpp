@@ -62,9 +62,4 @@ struct Checker {
 
 void validate(const Hyper& hyper, const std::string& where) { std::visit(Checker{where}, hyper); }
 
-std::string_view rule_name(const Hyper& hyper) {
-  constexpr std::string_view names[] = {"Adam", "SGD", "RMSprop"};
-  return names[hyper.index()];
-}
-
 }  // namespace fusestep

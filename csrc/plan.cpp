@@ -82,19 +82,21 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     const int rule = key / kLayouts, layout = key % kLayouts;
     const auto first_chunk = static_cast<std::int64_t>(plan.chunks.size());
     const std::int64_t chunk_size = backend.chunk_size(layout);
+    std::int64_t elements = 0;
     const bool wide = layout_dtypes(layout).value == DType::kFloat64;
     for (const auto& [group, parameter] : members[static_cast<std::size_t>(key)]) {
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
       plan.tensors.push_back(
           tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
       plan.prepare.push_back({parameter->state, group, static_cast<std::int16_t>(rule), wide});
+      elements += parameter->size;
       const std::int64_t chunks = (parameter->size + chunk_size - 1) / chunk_size;
       for (std::int64_t i = 0; i < chunks; ++i) {
         plan.chunks.push_back({row, static_cast<std::int32_t>(i)});
       }
     }
     const auto chunks = static_cast<std::int64_t>(plan.chunks.size()) - first_chunk;
-    if (chunks != 0) plan.buckets.push_back({rule, layout, first_chunk, chunks});
+    if (chunks != 0) plan.buckets.push_back({rule, layout, first_chunk, chunks, elements});
   }
   return plan;
 }

@@ -62,7 +62,9 @@ void check_like(const std::string& where, const std::string& what, const TensorV
 
 void check_scalar(const std::string& what, const TensorView& scalar) {
   const bool real = scalar.dtype == DType::kFloat32 || scalar.dtype == DType::kFloat64;
-  if (!real || scalar.size() != 1) {
+  const bool one = std::all_of(scalar.shape.begin(), scalar.shape.end(),
+                               [](std::int64_t extent) { return extent == 1; });
+  if (!real || !one) {
     throw InvalidArgument(what + " must be one float32 or float64 element, got shape " +
                           to_string(scalar.shape) + " of " + std::string(name_of(scalar.dtype)));
   }

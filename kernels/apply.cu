@@ -6,8 +6,10 @@
 namespace fusestep::detail {
 
 template <class R, class L>
-cudaError_t launch_apply(const ApplyTables& tables, unsigned blocks, cudaStream_t stream) {
-  return launch(Apply<R, L>{tables}, blocks, stream);
+cudaError_t launch_apply(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
+                         cudaStream_t stream) {
+  const unsigned threads = apply_threads<L>(elements / blocks);
+  return launch(Apply<R, L>{tables, threads}, blocks, stream);
 }
 
 ApplyKernel apply_kernel(int rule, int layout) {

@@ -32,13 +32,15 @@ struct Apply {
   static constexpr int kChunk = ApplyTuning<L>::kChunk;
 
   ApplyTables tables;
+  unsigned threads;  // of a block, kThreads at most
 
   FUSESTEP_HD void operator()(unsigned block, unsigned thread) const {
-    if (tables.control->skip != 0) return;
+    const int skip = tables.control->skip;  // looked at below: the loads do not wait for each other
     const Chunk chunk = tables.chunks[block];
     const TensorRow& row = tables.tensors[chunk.tensor];
     const RuleScalars<R, Real> scalars =
         tables.scalars[chunk.tensor].template as<RuleScalars<R, Real>>();
+    if (skip != 0) return;
     const std::int64_t begin = std::int64_t{chunk.index} * kChunk;
     const std::int64_t left = row.size - begin;
     const int count = left < kChunk ? static_cast<int>(left) : kChunk;
@@ -47,11 +49,12 @@ struct Apply {
     // A head up to the first aligned element, whole vectors, and a tail.
     const int head = row.head < count ? row.head : count;
     const int vectors = (count - head) / kWidth;
-    for (int i = static_cast<int>(thread); i < vectors; i += kThreads) {
+    const int stride = static_cast<int>(threads);
+    for (int i = static_cast<int>(thread); i < vectors; i += stride) {
       step_vector(scalars, arrays, head + i * kWidth);
     }
     const int rest = count - vectors * kWidth;
-    for (int i = static_cast<int>(thread); i < rest; i += kThreads) {
+    for (int i = static_cast<int>(thread); i < rest; i += stride) {
       step_element(scalars, arrays, i < head ? i : i + vectors * kWidth);
     }
   }

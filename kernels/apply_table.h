@@ -11,7 +11,9 @@
 namespace fusestep::detail {
 
 struct ApplyKernel {
-  cudaError_t (*launch)(const ApplyTables& tables, unsigned blocks, cudaStream_t stream);
+  /// One block per chunk; `elements` are those of all chunks.
+  cudaError_t (*launch)(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
+                        cudaStream_t stream);
   cudaError_t (*load)();
 };
 

@@ -62,7 +62,7 @@ class CudaBackend final : public Backend {
       return;
     }
     try {
-      Work work(*this, nullptr);
+      const DeviceGuard guard(device_);
       static_cast<void>(cudaEventSynchronize(last_work_));
       tensors_.release(nullptr);
       prepare_.release(nullptr);
@@ -234,7 +234,8 @@ class CudaBackend final : public Backend {
         const ApplyTables tables{chunks_.data() + bucket.first_chunk, tensors_.data(),
                                  scalars_.data(), control_.data()};
         cuda_check(apply_kernel(bucket.rule, bucket.layout)
-                       .launch(tables, static_cast<unsigned>(bucket.chunks), work.stream()),
+                       .launch(tables, static_cast<unsigned>(bucket.chunks), bucket.elements,
+                               work.stream()),
                    device_, "launching apply");
       }
       work.finish();

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 #include "fusestep/detail/layout.h"
@@ -21,6 +22,17 @@ struct ApplyTuning {
   /// Elements of a thread block.
   static constexpr int kChunk = sizeof(typename L::Value) == 2 ? 8192 : 4096;
 };
+
+/// Threads of a block for chunks of so many elements on average: enough for all its vectors at
+/// once, and no more, so that many small tensors share a multiprocessor. Full chunks get 512, as
+/// measured; what small ones gain has not been measured yet.
+template <class L>
+constexpr unsigned apply_threads(std::int64_t elements_per_chunk) {
+  const std::int64_t vectors = elements_per_chunk / ApplyTuning<L>::kWidth;
+  unsigned threads = ApplyTuning<L>::kThreads;
+  while (threads > 128 && threads / 2 >= vectors) threads /= 2;
+  return threads;
+}
 
 inline constexpr int kPrepareThreads = 128;
 inline constexpr int kNormThreads = 512;

@@ -14,6 +14,8 @@ namespace fusestep {
 
 /// torch.optim.Adam. With `decoupled_weight_decay` it is AdamW, with `amsgrad` AMSGrad.
 struct AdamHyper {
+  static constexpr std::string_view kRule = "Adam";
+
   double lr = 1e-3;
   double betas[2] = {0.9, 0.999};
   double eps = 1e-8;
@@ -39,6 +41,8 @@ struct AdamWHyper {
 
 /// torch.optim.SGD.
 struct SgdHyper {
+  static constexpr std::string_view kRule = "SGD";
+
   double lr = 1e-3;
   double momentum = 0;
   double dampening = 0;
@@ -49,6 +53,8 @@ struct SgdHyper {
 
 /// torch.optim.RMSprop.
 struct RmspropHyper {
+  static constexpr std::string_view kRule = "RMSprop";
+
   double lr = 1e-2;
   double alpha = 0.99;
   double eps = 1e-8;
@@ -70,6 +76,8 @@ inline double learning_rate(const Hyper& hyper) {
 }
 
 /// "Adam", "SGD", "RMSprop".
-FUSESTEP_API std::string_view rule_name(const Hyper& hyper);
+inline std::string_view rule_name(const Hyper& hyper) {
+  return std::visit([](const auto& h) { return h.kRule; }, hyper);
+}
 
 }  // namespace fusestep

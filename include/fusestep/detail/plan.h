@@ -17,6 +17,7 @@ struct Bucket {
   int layout;  // position in Layouts
   std::int64_t first_chunk;
   std::int64_t chunks;
+  std::int64_t elements;  // of all its tensors
 };
 
 struct Plan {

@@ -71,10 +71,7 @@ FUSESTEP_HD void record(const StepDecision& decision, Control& control) {
 
 template <class R>
 FUSESTEP_HD typename R::Hyper hyper_of(const HyperRow& row) {
-  typename R::Hyper hyper;
-  if constexpr (std::is_same_v<typename R::Hyper, AdamHyper>) hyper = row.adam;
-  if constexpr (std::is_same_v<typename R::Hyper, SgdHyper>) hyper = row.sgd;
-  if constexpr (std::is_same_v<typename R::Hyper, RmspropHyper>) hyper = row.rmsprop;
+  auto hyper = row.as<typename R::Hyper>();
   if (row.lr_source != nullptr) {
     hyper.lr = StepScalar{1.0, row.lr_source, row.lr_is_double}.get();
   }

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-#include <variant>
 
 #include "fusestep/detail/host_device.h"
 #include "fusestep/dtype.h"
@@ -59,16 +58,24 @@ struct StepState {
   friend bool operator==(const StepState&, const StepState&) = default;
 };
 
-/// A group's settings. `lr_source`, if not null, replaces `lr` when the step runs.
+/// A group's settings: those of its rule, whichever that is. `lr_source`, if not null, replaces their
+/// `lr` when the step runs.
 struct HyperRow {
-  union {
-    AdamHyper adam;
-    SgdHyper sgd;
-    RmspropHyper rmsprop;
-  };
+  alignas(8) unsigned char bytes[64];
   const void* lr_source;
   std::int32_t lr_is_double;
   std::int32_t maximize;
+
+  template <class Settings>
+  FUSESTEP_HD const Settings& as() const {
+    static_assert(sizeof(Settings) <= sizeof(bytes) && std::is_trivially_copyable_v<Settings>);
+    return *reinterpret_cast<const Settings*>(bytes);
+  }
+  template <class Settings>
+  FUSESTEP_HD void set(const Settings& settings) {
+    static_assert(sizeof(Settings) <= sizeof(bytes) && std::is_trivially_copyable_v<Settings>);
+    *reinterpret_cast<Settings*>(bytes) = settings;
+  }
 };
 
 /// Scalars of one tensor for this step: the machinery's multiplier, then the rule's own.

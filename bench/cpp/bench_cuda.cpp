@@ -1,0 +1,261 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Device time of a step by events, beside the device-to-device copy measured in the same run.
+//
+//   bench_cuda --models_file=bench/models/shapes.json [--models=gpt2,resnet152] [--rules=adam,...]
+//              [--layouts=float32,...] [Google Benchmark's own options]
+#include <benchmark/benchmark.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <random>
+
+#include "options.h"
+#include "workload.h"
+
+namespace fusestep::bench {
+namespace {
+
+constexpr int kRepeats = 25, kWarmUp = 4;
+
+void check(cudaError_t code) {
+  if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
+}
+
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(std::size_t bytes) : bytes_(bytes) { check(cudaMalloc(&data_, bytes)); }
+  ~DeviceBuffer() { cudaFree(data_); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_;
+};
+
+void fill(DeviceBuffer& buffer, DType dtype) {
+  constexpr std::size_t pattern_bytes = std::size_t{4} << 20;
+  std::vector<char> pattern(pattern_bytes);
+  std::mt19937 random(1);
+  for (std::size_t i = 0; i < pattern_bytes; i += size_of(dtype)) {
+    store_random(random, dtype, pattern.data() + i);
+  }
+  for (std::size_t done = 0; done < buffer.bytes(); done += pattern_bytes) {
+    check(cudaMemcpy(buffer.data() + done, pattern.data(),
+                     std::min(pattern_bytes, buffer.bytes() - done), cudaMemcpyHostToDevice));
+  }
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+/// Device time of one call in us.
+template <class F>
+double device_us(F&& work, int repeats = kRepeats) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  for (int i = 0; i < kWarmUp; ++i) work();
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) {
+    check(cudaEventRecord(begin));
+    work();
+    check(cudaEventRecord(end));
+    check(cudaEventSynchronize(end));
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end));
+    times.push_back(ms * 1e3);
+  }
+  check(cudaEventDestroy(begin));
+  check(cudaEventDestroy(end));
+  return median(times);
+}
+
+/// Host time of one call in us, the device kept busy behind it.
+template <class F>
+double host_us(F&& work) {
+  constexpr int calls = 100;
+  std::vector<double> times;
+  for (int i = 0; i < 9; ++i) {
+    check(cudaDeviceSynchronize());
+    const auto begin = std::chrono::steady_clock::now();
+    for (int j = 0; j < calls; ++j) work();
+    const std::chrono::duration<double, std::micro> spent =
+        std::chrono::steady_clock::now() - begin;
+    times.push_back(spent.count() / calls);
+  }
+  check(cudaDeviceSynchronize());
+  return median(times);
+}
+
+/// Bytes read and written per us by a 2 GiB copy: the roof.
+double copy_rate() {
+  static const double rate = [] {
+    constexpr std::size_t bytes = std::size_t{2} << 30;
+    const DeviceBuffer from(bytes), to(bytes);
+    check(cudaMemset(from.data(), 1, bytes));
+    return 2.0 * static_cast<double>(bytes) / device_us([&] {
+             check(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice));
+           });
+  }();
+  return rate;
+}
+
+/// Device time of the prepare launch for so many tensors: a step of empty ones launches nothing
+/// else.
+double prepare_us(std::size_t tensors, const RuleCase& rule, const LayoutCase& layout) {
+  static std::map<std::pair<std::size_t, std::string>, double> known;
+  const auto [entry, missing] = known.try_emplace({tensors, rule.name}, 0.0);
+  if (missing) {
+    const std::vector<std::int64_t> sizes(tensors, 0);
+    Optimizer optimizer =
+        make_optimizer(sizes, Offsets(sizes), rule, layout, nullptr, nullptr, Device::cuda());
+    entry->second = device_us([&] { optimizer.step(); });
+  }
+  return entry->second;
+}
+
+void step(benchmark::State& state, const std::string& model, const std::string& models_file,
+          const RuleCase& rule, const LayoutCase& layout) {
+  try {
+    const auto sizes = tensor_sizes(model, models_file);
+    const Offsets offsets(sizes);
+    const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
+    const double moved = static_cast<double>(offsets.elements) * bytes_per_element(rule, layout);
+    DeviceBuffer values(bytes), grads(bytes);
+    fill(values, layout.value);
+    fill(grads, layout.value);
+    Optimizer optimizer =
+        make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
+    for (auto _ : state) {
+      const double total = device_us([&] { optimizer.step(); });
+      const double prepare = prepare_us(sizes.size(), rule, layout);
+      state.SetIterationTime(total * 1e-6);
+      state.counters["step_us"] = total;
+      state.counters["prepare_us"] = prepare;
+      state.counters["apply_us"] = total - prepare;
+      state.counters["apply_of_copy"] = moved / (total - prepare) / copy_rate();
+      state.counters["step_of_copy"] = moved / total / copy_rate();
+      state.counters["bytes_moved"] = moved;
+      state.counters["tensors"] = static_cast<double>(sizes.size());
+      state.counters["copy_GBps"] = copy_rate() * 1e-3;
+    }
+  } catch (const std::exception& error) {
+    check(cudaDeviceSynchronize());
+    state.SkipWithError(error.what());
+  }
+}
+
+/// The norm over all gradients, then clip and step, and the plain step beside it.
+void clip(benchmark::State& state, const std::string& model, const std::string& models_file,
+          const LayoutCase& layout) {
+  try {
+    const RuleCase& rule = rule_cases()[0];
+    const auto sizes = tensor_sizes(model, models_file);
+    const Offsets offsets(sizes);
+    const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
+    DeviceBuffer values(bytes), grads(bytes);
+    fill(values, layout.value);
+    fill(grads, layout.value);
+    Optimizer optimizer =
+        make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
+    for (auto _ : state) {
+      const double plain = device_us([&] { optimizer.step(); });
+      const double total = device_us([&] { optimizer.step({.max_grad_norm = 1.0}); });
+      state.SetIterationTime(total * 1e-6);
+      state.counters["step_us"] = total;
+      state.counters["norm_us"] = total - plain;
+      state.counters["norm_of_copy"] = static_cast<double>(offsets.elements) *
+                                       static_cast<double>(layout.value_bytes()) / (total - plain) /
+                                       copy_rate();
+    }
+  } catch (const std::exception& error) {
+    state.SkipWithError(error.what());
+  }
+}
+
+/// Host time of a step, nothing changed and everything changed, for so many small tensors.
+void host(benchmark::State& state, int tensors) {
+  const std::vector<std::int64_t> sizes(static_cast<std::size_t>(tensors), 64);
+  const Offsets offsets(sizes);
+  const RuleCase& rule = rule_cases()[0];
+  const LayoutCase& layout = layout_cases()[0];
+  const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
+  DeviceBuffer values(bytes), grads(2 * bytes);
+  fill(values, layout.value);
+  fill(grads, layout.value);
+  Optimizer optimizer =
+      make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
+  std::vector<ParameterRef> parameters;
+  for (GroupRef group : optimizer.groups()) {
+    for (ParameterRef parameter : group.parameters()) parameters.push_back(parameter);
+  }
+  std::size_t other = 0;
+  for (auto _ : state) {
+    const double unchanged = host_us([&] { optimizer.step(); });
+    double lr = 1e-3;
+    const double new_lr = host_us([&] {
+      for (GroupRef group : optimizer.groups()) group.set_lr(lr *= 0.999);
+      optimizer.step();
+    });
+    const double new_grads = host_us([&] {
+      other = bytes - other;
+      for (ParameterRef& parameter : parameters) {
+        TensorView grad = parameter.grad();
+        grad.data =
+            static_cast<char*>(grad.data) +
+            (other == 0 ? -static_cast<std::ptrdiff_t>(bytes) : static_cast<std::ptrdiff_t>(bytes));
+        parameter.set_grad(grad);
+      }
+      optimizer.step();
+    });
+    state.SetIterationTime(unchanged * 1e-6);
+    state.counters["unchanged_us"] = unchanged;
+    state.counters["new_lr_us"] = new_lr;
+    state.counters["new_grads_us"] = new_grads;
+  }
+}
+
+}  // namespace
+}  // namespace fusestep::bench
+
+int main(int argc, char** argv) {
+  using namespace fusestep::bench;
+  const std::string models_file =
+      option(argc, argv, "models_file", "bench/models/shapes.json").front();
+  const auto models = option(argc, argv, "models", "resnet152,gpt2,gpt2_xl,tiny10k");
+  const auto rules = option(argc, argv, "rules", "all");
+  const auto layouts = option(argc, argv, "layouts", "all");
+  for (const std::string& model : models) {
+    for (const auto& layout : layout_cases()) {
+      if (!named(layouts, layout.name)) continue;
+      for (const auto& rule : rule_cases()) {
+        if (!named(rules, rule.name)) continue;
+        run_once("step/" + model + "/" + layout.name + "/" + rule.name,
+                 [=](benchmark::State& state) { step(state, model, models_file, rule, layout); });
+      }
+      run_once("clip/" + model + "/" + layout.name + "/adam",
+               [=](benchmark::State& state) { clip(state, model, models_file, layout); });
+    }
+  }
+  for (const int tensors : {1, 100, 1000, 10'000}) {
+    run_once("host/" + std::to_string(tensors),
+             [=](benchmark::State& state) { host(state, tensors); });
+  }
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, 0) == cudaSuccess) {
+    benchmark::AddCustomContext("device", properties.name);
+  }
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}

@@ -1,0 +1,119 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the benchmarks step: parameter lists of real models, and every rule.
+#pragma once
+
+#include <cstdint>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fusestep/fusestep.h"
+
+namespace fusestep::bench {
+
+/// Elements of every tensor of a model; `models_file` is bench/models/shapes.json.
+inline std::vector<std::int64_t> tensor_sizes(const std::string& model,
+                                              const std::string& models_file) {
+  if (model == "one64m") return {std::int64_t{64} << 20};
+  if (model == "tiny10k") return std::vector<std::int64_t>(10'000, 1'000);
+  std::ifstream file(models_file);
+  if (!file) throw std::runtime_error("cannot read " + models_file);
+  std::vector<std::int64_t> sizes;
+  for (const auto& parameter : nlohmann::json::parse(file).at(model)) {
+    std::int64_t size = 1;
+    for (const auto& extent : parameter.at(1)) size *= extent.get<std::int64_t>();
+    sizes.push_back(size);
+  }
+  return sizes;
+}
+
+struct RuleCase {
+  std::string name;
+  Hyper hyper;
+  int slots;
+};
+
+inline const std::vector<RuleCase>& rule_cases() {
+  static const std::vector<RuleCase> cases = {
+      {"adam", AdamHyper{.weight_decay = 1e-2}, 2},
+      {"adamw", AdamWHyper{}, 2},
+      {"amsgrad", AdamHyper{.amsgrad = true}, 3},
+      {"sgd", SgdHyper{}, 0},
+      {"sgd_momentum", SgdHyper{.momentum = 0.9}, 1},
+      {"sgd_nesterov", SgdHyper{.momentum = 0.9, .nesterov = true}, 1},
+      {"rmsprop", RmspropHyper{}, 1},
+      {"rmsprop_momentum_centered", RmspropHyper{.momentum = 0.9, .centered = true}, 3},
+  };
+  return cases;
+}
+
+struct LayoutCase {
+  std::string name;
+  DType value;  // of parameter and gradient
+  SlotDType slots;
+
+  std::size_t value_bytes() const { return size_of(value); }
+  std::size_t slot_bytes() const {
+    return value_bytes() == 2 && slots == SlotDType::kFloat32 ? 4 : value_bytes();
+  }
+};
+
+inline const std::vector<LayoutCase>& layout_cases() {
+  static const std::vector<LayoutCase> cases = {
+      {"float32", DType::kFloat32, SlotDType::kFloat32},
+      {"float64", DType::kFloat64, SlotDType::kFloat32},
+      {"bfloat16_float32", DType::kBFloat16, SlotDType::kFloat32},
+      {"bfloat16", DType::kBFloat16, SlotDType::kLikeParameter},
+      {"float16_float32", DType::kFloat16, SlotDType::kFloat32},
+      {"float16", DType::kFloat16, SlotDType::kLikeParameter},
+  };
+  return cases;
+}
+
+/// Bytes a step must move per element: parameter and slots read and written, gradient read.
+inline double bytes_per_element(const RuleCase& rule, const LayoutCase& layout) {
+  return static_cast<double>(3 * layout.value_bytes() +
+                             static_cast<std::size_t>(2 * rule.slots) * layout.slot_bytes());
+}
+
+/// Where each tensor starts in one allocation, in elements: multiples of 64, as torch aligns.
+struct Offsets {
+  std::vector<std::int64_t> begin;
+  std::int64_t total = 0;     // with padding
+  std::int64_t elements = 0;  // without
+
+  explicit Offsets(const std::vector<std::int64_t>& sizes) {
+    for (const std::int64_t size : sizes) {
+      begin.push_back(total);
+      total += (size + 63) / 64 * 64;
+      elements += size;
+    }
+  }
+};
+
+/// The tensors of one model in eight groups, values and gradients in two allocations.
+inline Optimizer make_optimizer(const std::vector<std::int64_t>& sizes, const Offsets& offsets,
+                                const RuleCase& rule, const LayoutCase& layout, char* values,
+                                char* grads, Device device, int groups = 8) {
+  Optimizer optimizer;
+  std::vector<std::vector<Parameter>> members(static_cast<std::size_t>(groups));
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const auto offset = static_cast<std::size_t>(offsets.begin[i]) * layout.value_bytes();
+    const auto tensor = [&](char* base) {
+      return TensorView{base + offset, layout.value, {sizes[i]}, device, true};
+    };
+    members[i % members.size()].push_back({"p" + std::to_string(i), tensor(values), tensor(grads)});
+  }
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    if (members[i].empty()) continue;
+    optimizer.add_group("group" + std::to_string(i), rule.hyper, std::move(members[i]),
+                        {layout.slots});
+  }
+  return optimizer;
+}
+
+}  // namespace fusestep::bench

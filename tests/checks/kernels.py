@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc made of the kernels, read from the library's sm_90 code.
+
+Checks what speed and equal bits rest on, and compares the table of kernels with the committed one, so
+that a change of it shows in review:
+
+    kernels.py LIBRARY --table tests/checks/kernels_sm90.txt [--update] [--cuobjdump PATH]
+
+Exits with 77 (skipped) where there is no cuobjdump; the PyPI package nvidia-cuda-cuobjdump has one.
+"""
+
+import argparse
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+SIZES = {"float": 4, "double": 8, "bfloat16": 2, "float16": 2}
+TABLE_HEAD = f"{'kernel':<64} {'regs':>4} {'stack':>5} {'loads':>5} {'stores':>6} {'per element':>11} {'fma':>4}"
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def demangle(names):
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return dict(zip(names, text.stdout.split("\n")))
+
+
+def short(name):
+    """`Apply<Adam<false>, Layout<float, float, float> >` of the whole signature."""
+    name = re.sub(r"fusestep::(detail::)?", "", name)
+    match = re.search(r"fusestep_kernel<(.*)>\(", name)
+    return match.group(1).strip() if match else name
+
+
+def functions(dump, start):
+    """Mangled name -> lines, of a dump in which `start` introduces a function."""
+    found, current = {}, None
+    for line in dump.splitlines():
+        match = re.search(start, line)
+        if match:
+            current = found.setdefault(match.group(1), [])
+        elif current is not None:
+            current.append(line)
+    return found
+
+
+def opcodes(lines):
+    pattern = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+    return [match.group(1) for line in lines if (match := pattern.search(line))]
+
+
+class Kernel:
+    def __init__(self, name, usage, sass, ptx):
+        self.name = name
+        self.registers = int(re.search(r"REG:(\d+)", usage).group(1))
+        self.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+        self.codes = opcodes(sass)
+        self.ptx = ptx
+        self.loads = self.count(r"LDG\.E(\.\w+)*\.128(\.\w+)*")
+        self.stores = self.count(r"STG\.E(\.\w+)*\.128(\.\w+)*")
+        self.fmas = sum(1 for line in ptx if re.search(r"\bfma\.rn\.f(32|64)", line))
+        layout = re.search(r"Layout<(\w+), (\w+), (\w+)>", name)
+        self.layout = layout.groups() if layout else None
+
+    def count(self, pattern):
+        return sum(1 for code in self.codes if re.fullmatch(pattern, code))
+
+    @property
+    def slots(self):
+        rule = re.search(r"Apply<(\w+)<([^>]*)>", self.name)
+        flags = rule.group(2).count("true")
+        return {"Adam": 2 + flags, "Sgd": flags, "Rmsprop": 1 + flags}[rule.group(1)]
+
+    @property
+    def width(self):
+        return 16 // SIZES[self.layout[0]]
+
+    def pieces(self, dtypes):
+        """16-byte accesses that bring one vector of each of these."""
+        return sum(self.width * SIZES[dtype] // 16 for dtype in dtypes)
+
+    @property
+    def vector_stores(self):
+        return self.pieces([self.layout[0]] + [self.layout[2]] * self.slots)
+
+    def per_element(self):
+        """Instructions from the first vector load to the last vector store, per element."""
+        if self.layout is None or self.stores == 0:
+            return 0.0
+        last = max(i for i, code in enumerate(self.codes) if re.fullmatch(r"STG\.E(\.\w+)*\.128(\.\w+)*", code))
+        data_loads = self.pieces(self.layout[:2] + (self.layout[2],) * self.slots)
+        vectors = self.stores // self.vector_stores
+        loads = [i for i, code in enumerate(self.codes[:last]) if re.fullmatch(r"LDG\.E(\.\w+)*\.128(\.\w+)*", code)]
+        first = loads[-data_loads * vectors]
+        return (last - first + 1) / (vectors * self.width)
+
+    def row(self):
+        return (
+            f"{self.name:<64} {self.registers:>4} {self.stack:>5} {self.loads:>5} {self.stores:>6} "
+            f"{self.per_element():>11.1f} {self.fmas:>4}"
+        )
+
+    def faults(self):
+        if self.stack != 0 or self.count(r"(LDL|STL)(\.\w+)*"):
+            yield f"spills registers: {self.stack} bytes of stack"
+        text = "\n".join(self.ptx)
+        for pattern, what in [
+            (r"\.ftz\b", "flushes subnormals"),
+            (r"\b(div|sqrt|rcp|rsqrt)\.(approx|full)", "divides or takes roots approximately"),
+            (r"\b(mul|add|sub)\.f(32|64)\b", "lets the assembler fuse products and sums"),
+        ]:
+            if re.search(pattern, text):
+                yield what
+        if self.layout is None:
+            return
+        if self.layout[0] != "double":
+            if self.registers > 64:
+                yield f"{self.registers} registers leave no room for two blocks of 512"
+            if self.count(r"D(ADD|MUL|FMA|SETP)(\.\w+)*") or re.search(r"\.f64\b", text):
+                yield "uses double precision"
+        data_loads = self.pieces(self.layout[:2] + (self.layout[2],) * self.slots)
+        if self.loads < data_loads:
+            yield f"has {self.loads} 16-byte loads, a vector takes {data_loads}"
+        if self.stores == 0 or self.stores % self.vector_stores:
+            yield f"has {self.stores} 16-byte stores, a vector takes {self.vector_stores}"
+
+
+def read_kernels(cuobjdump, library):
+    usage = dict(
+        re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", run(cuobjdump, "--dump-resource-usage", library))
+    )
+    sass = functions(run(cuobjdump, "--dump-sass", library), r"Function : (\S+)")
+    ptx = functions(run(cuobjdump, "--dump-ptx", library), r"\.entry (\w+)\(")
+    names = demangle(list(usage))
+    kernels = [Kernel(short(names[n]), usage[n], sass[n], ptx.get(n, [])) for n in usage]
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("library")
+    parser.add_argument("--table", type=pathlib.Path, required=True)
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing it")
+    parser.add_argument("--cuobjdump", default="cuobjdump")
+    parser.add_argument("--nvcc", default="nvcc")
+    options = parser.parse_args()
+    if shutil.which(options.cuobjdump) is None:
+        print("skipped: there is no cuobjdump (pip install nvidia-cuda-cuobjdump)")
+        return 77
+
+    kernels = read_kernels(options.cuobjdump, options.library)
+    compiler = re.search(r"V(\d+\.\d+\.\d+)", run(options.nvcc, "--version")).group(1)
+    table = "\n".join([f"nvcc {compiler}, sm_90", TABLE_HEAD] + [k.row() for k in kernels]) + "\n"
+    print(table)
+    faults = [f"{kernel.name}: {fault}" for kernel in kernels for fault in kernel.faults()]
+    if not any(kernel.layout for kernel in kernels):
+        faults.append("the library has no apply kernels")
+    if options.update:
+        options.table.write_text(table)
+    committed = options.table.read_text()
+    if committed.split("\n")[0] != table.split("\n")[0]:
+        print(f"not compared: the committed table is of {committed.splitlines()[0]}")
+    elif committed != table:
+        changed = sorted(set(table.splitlines()) ^ set(committed.splitlines()))
+        faults.append("the table has changed (kernels.py --update, and say why):\n  " + "\n  ".join(changed))
+    for fault in faults:
+        print("FAULT", fault)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""Everything there is to find out on a machine with a GPU, the most telling first.
+
+    run.py BUILD --out FOLDER [--seconds 480] [--list]
+
+BUILD has the programs (`./dev gpu --build` makes them, also on a machine without a GPU: they then run
+where neither GoogleTest nor Google Benchmark is installed). FOLDER gets a log and a JSON file of every
+part, and summary.json; a table of all parts is printed last. Needs nothing but Python 3.10.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# name, seconds it may take, program, arguments. A program of compute-sanitizer names what it runs.
+PARTS = [
+    ("bits", 120, "cuda_gpu_bits", []),
+    ("convert", 60, "gpu_convert_test", []),
+    ("norm", 60, "cuda_gpu_norm", []),
+    ("stories", 60, "cuda_gpu_stories", []),
+    ("streams", 60, "cuda_gpu_streams", []),
+    ("memory", 60, "cuda_gpu_memory", []),
+    ("limits", 90, "gpu_limits_test", []),
+    ("bench", 200, "bench_cuda", ["--models=gpt2,resnet152,tiny10k"]),
+    ("bench XL", 120, "bench_cuda", ["--models=gpt2_xl", "--rules=adam,sgd,rmsprop_momentum_centered"]),
+]
+SANITIZED = ("cuda_gpu_stories", ["--gtest_filter=*Short*"])
+SANITIZER_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+
+
+def find_program(build, name):
+    return next((path for path in sorted(build.rglob(name)) if path.is_file()), None)
+
+
+def command_of(part, build, out):
+    name, _, program, arguments = part
+    path = find_program(build, program)
+    if path is None:
+        return None
+    result = out / f"{name.replace(' ', '-')}.json"
+    if program.startswith("bench_"):
+        models = f"--models_file={ROOT / 'bench/models/shapes.json'}"
+        return [path, models, *arguments, f"--benchmark_out={result}", "--benchmark_out_format=json"]
+    return [path, *arguments, f"--gtest_output=json:{result}", "--gtest_brief=1"]
+
+
+def sanitizer_parts():
+    for tool in SANITIZER_TOOLS:
+        yield (f"compute-sanitizer {tool}", 60, tool)
+
+
+def run(name, command, seconds, out):
+    start = time.monotonic()
+    log = out / f"{name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        try:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            outcome = "passed" if status == 0 else f"FAILED ({status})"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED (more than {seconds} s)"
+    spent = time.monotonic() - start
+    print(f"  {name:<32} {outcome:<24} {spent:6.1f} s", flush=True)
+    return {"name": name, "outcome": outcome, "seconds": round(spent, 1)}
+
+
+def count_tests(path):
+    """(run, skipped) of a GoogleTest result: a test without its device does not pass silently."""
+    if not path.exists():
+        return 0, 0
+    tests = [test for suite in json.loads(path.read_text()).get("testsuites", []) for test in suite["testsuite"]]
+    skipped = sum(test.get("result") == "SKIPPED" for test in tests)
+    return len(tests) - skipped, skipped
+
+
+def device():
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or "none"
+
+
+def print_benchmarks(out):
+    for path in sorted(out.glob("bench*.json")):
+        try:
+            benchmarks = json.loads(path.read_text())["benchmarks"]
+        except json.JSONDecodeError:
+            continue
+        for entry in benchmarks:
+            name = entry["name"].split("/iterations")[0]
+            if "apply_of_copy" in entry:
+                print(
+                    f"  {name:<52} apply {entry['apply_us']:9.1f} us  {entry['apply_of_copy']:.3f} of the copy"
+                    f"  prepare {entry['prepare_us']:.1f} us"
+                )
+            else:
+                figures = {k: round(v, 3) for k, v in entry.items() if k.endswith(("_us", "_copy"))}
+                print(f"  {name:<52} {figures or entry.get('error_message', '')}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("build", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seconds", type=int, default=480, help="for everything together")
+    parser.add_argument("--list", action="store_true", help="print the parts and end")
+    options = parser.parse_args()
+    if options.list:
+        for name, seconds, program, arguments in PARTS:
+            print(f"{name:<12} {seconds:>4} s  {program} {' '.join(arguments)}")
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    results = []
+
+    def attempt(name, seconds, command):
+        left = end - time.monotonic()
+        if command is None:
+            results.append({"name": name, "outcome": "FAILED (not built)", "seconds": 0})
+        elif left < 5:
+            results.append({"name": name, "outcome": "FAILED (no time left)", "seconds": 0})
+        else:
+            results.append(run(name, command, min(seconds, left), options.out))
+
+    for part in PARTS:
+        attempt(part[0], part[1], command_of(part, options.build, options.out))
+    program = find_program(options.build, SANITIZED[0])
+    sanitizer = shutil.which("compute-sanitizer")
+    for name, seconds, tool in sanitizer_parts():
+        found = sanitizer and program
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", program, *SANITIZED[1]]
+        attempt(name, seconds, command if found else None)
+
+    for result in results:
+        path = options.out / f"{result['name'].replace(' ', '-')}.json"
+        if not result["name"].startswith(("bench", "compute")):
+            result["tests"], result["skipped"] = count_tests(path)
+    summary = {"device": device(), "host": platform.platform(), "date": time.strftime("%Y-%m-%d"), "parts": results}
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    print(f"\n{summary['device']}, {summary['date']}")
+    print_benchmarks(options.out)
+    for result in results:
+        tests = f"{result['tests']} tests, {result['skipped']} skipped" if "tests" in result else ""
+        print(f"  {result['name']:<32} {result['outcome']:<24} {result['seconds']:6.1f} s  {tests}")
+    return 1 if any("FAILED" in result["outcome"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
