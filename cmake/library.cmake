@@ -3,6 +3,7 @@ set(FUSESTEP_FP_FLAGS -ffp-contract=off -fno-math-errno -fno-trapping-math)
 find_package(Threads REQUIRED)
 
 add_library(fusestep
+  csrc/borrowed.cpp
   csrc/engine.cpp
   csrc/groups.cpp
   csrc/hyper.cpp

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #include "cpu/fp_environment.h"
 #include "fusestep/detail/rule_list.h"
@@ -19,17 +20,6 @@ void* stream_of(std::span<const Stream> streams, Device device) {
     if (stream.device == device) return stream.handle;
   }
   return nullptr;
-}
-
-/// Devices with work, in the order in which their shares of the norm are added.
-std::vector<DeviceRecord*> in_norm_order(std::vector<std::unique_ptr<DeviceRecord>>& devices) {
-  std::vector<DeviceRecord*> ordered;
-  for (const auto& device : devices) {
-    if (!device->plan.tensors.empty()) ordered.push_back(device.get());
-  }
-  std::sort(ordered.begin(), ordered.end(),
-            [](const auto* a, const auto* b) { return a->device < b->device; });
-  return ordered;
 }
 
 HyperRow hyper_row(const GroupRecord& group) {
@@ -65,17 +55,32 @@ void Engine::step(const StepOptions& options) {
   const DefaultFpEnvironment environment;
   on_device([&] {
     if (with_norm) sum_squares(options.streams);
-    const auto working = in_norm_order(devices_);
-    const int norm_parts = with_norm ? static_cast<int>(working.size()) : 0;
+    list_working_devices();
+    const int norm_parts = with_norm ? static_cast<int>(working_.size()) : 0;
     // All requests first: finding one out may wait for another device.
-    std::vector<StepRequest> requests;
-    for (DeviceRecord* device : working) {
-      requests.push_back(request_for(*device, options, norm_parts));
+    requests_.clear();
+    for (const DeviceRecord* device : working_) {
+      requests_.push_back(request_for(*device, options, norm_parts));
     }
-    for (std::size_t i = 0; i < working.size(); ++i) {
-      working[i]->backend->run(requests[i], stream_of(options.streams, working[i]->device));
+    for (std::size_t i = 0; i < working_.size(); ++i) {
+      try {
+        working_[i]->backend->run(requests_[i], stream_of(options.streams, working_[i]->device));
+      } catch (const OutOfMemory& error) {
+        if (i == 0) throw;
+        throw DeviceError(error.what());  // the devices before this one have stepped
+      }
     }
   });
+}
+
+/// Devices with work, in the order in which their shares of the norm are added.
+void Engine::list_working_devices() {
+  working_.clear();
+  for (const auto& device : devices_) {
+    if (!device->plan.tensors.empty()) working_.push_back(device.get());
+  }
+  std::sort(working_.begin(), working_.end(),
+            [](const auto* a, const auto* b) { return a->device < b->device; });
 }
 
 GradNorm Engine::grad_norm(std::span<const Stream> streams) {
@@ -86,7 +91,8 @@ GradNorm Engine::grad_norm(std::span<const Stream> streams) {
   NormSum total;
   on_device([&] {
     int position = 0;
-    for (DeviceRecord* device : in_norm_order(devices_)) {
+    list_working_devices();
+    for (DeviceRecord* device : working_) {
       void* stream = stream_of(streams, device->device);
       device->backend->sum_squares(position, stream);
       total = add(total, device->backend->read_sum(position, stream));
@@ -97,11 +103,10 @@ GradNorm Engine::grad_norm(std::span<const Stream> streams) {
 }
 
 GradNorm Engine::last_grad_norm() {
-  for (DeviceRecord* device : in_norm_order(devices_)) {
-    const Control control = device->backend->read_control();
-    return {control.grad_norm, control.nonfinite};
-  }
-  return {std::nan(""), 0};
+  list_working_devices();  // each knows the norm over all of them
+  if (working_.empty()) return {std::nan(""), 0};
+  const Control control = working_.front()->backend->read_control();
+  return {control.grad_norm, control.nonfinite};
 }
 
 std::int64_t Engine::skipped_steps() {
@@ -140,13 +145,16 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
   const auto memory_changed = [](const auto& device) {
     return device->members_changed || !device->changed_grads.empty();
   };
-  if (std::any_of(devices_.begin(), devices_.end(), memory_changed)) check_no_overlap();
+  if (memory_is_checked_ && std::any_of(devices_.begin(), devices_.end(), memory_changed)) {
+    check_no_overlap();
+  }
 
-  std::vector<StateStore::Growth> growths(devices_.size());
+  std::vector<StateStore::Growth> growths;
   try {
     on_device([&] {
       for (std::size_t i = 0; i < devices_.size(); ++i) {
         if (!devices_[i]->members_changed) continue;
+        growths.resize(devices_.size());
         growths[i] = grow_state(*devices_[i], stream_of(streams, devices_[i]->device));
       }
       for (std::size_t i = 0; i < devices_.size(); ++i) {
@@ -154,7 +162,7 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
       }
     });
   } catch (...) {
-    for (std::size_t i = 0; i < devices_.size(); ++i) {
+    for (std::size_t i = 0; i < growths.size(); ++i) {
       if (growths[i].slots.empty()) continue;
       devices_[i]->store->undo(growths[i], stream_of(streams, devices_[i]->device));
       devices_[i]->members_changed = true;  // its plan holds addresses that are gone
@@ -223,12 +231,16 @@ void Engine::stage(int index, void* stream, int norm_parts) {
   device.given_states.clear();
   device.members_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
+  for (const int changed : device.changed_grads) {
+    parameters_[static_cast<std::size_t>(changed)].grad_moved = false;
+  }
   device.changed_grads.clear();
 }
 
 /// Every device gets the sums of all devices.
 void Engine::sum_squares(std::span<const Stream> streams) {
-  const std::vector<DeviceRecord*> devices = in_norm_order(devices_);
+  list_working_devices();
+  const std::vector<DeviceRecord*>& devices = working_;
   for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
     devices[static_cast<std::size_t>(i)]->backend->sum_squares(
         i, stream_of(streams, devices[static_cast<std::size_t>(i)]->device));
@@ -281,6 +293,8 @@ void Engine::on_device(F&& work) {
   } catch (const DeviceError& error) {
     broken_ = error.what();
     throw;
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("no memory on the host for the tables of a step");
   }
 }
 

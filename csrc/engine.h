@@ -35,7 +35,15 @@ struct DeviceRecord {
   bool norm_blocks_staged = false;
   bool hypers_changed = false;
   std::vector<int> changed_grads;  // parameters of the plan whose gradient is at another address
+
+  void note_moved_grad(ParameterRecord& parameter, int index) {
+    if (!parameter.grad_moved) changed_grads.push_back(index);
+    parameter.grad_moved = true;
+  }
 };
+
+struct BorrowedGroup;
+struct BorrowedTensor;
 
 class Engine {
  public:
@@ -62,17 +70,24 @@ class Engine {
   void bind_slot(int parameter, std::string_view name, const TensorView& memory);
   std::map<std::string, std::size_t> memory_report() const;
 
+  // borrowed.cpp: groups and parameters of which nothing is ours
+  void borrow(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors);
+  void reset(int group, const BorrowedGroup& settings);
+  void rebind(int parameter, const BorrowedTensor& tensor);
+
   // engine.cpp: the step
   void step(const StepOptions& options);
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
   std::int64_t skipped_steps();
+  bool broken() const { return !broken_.empty(); }
 
  private:
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
   void refresh(std::span<const Stream> streams, int norm_parts);
   void check_no_overlap() const;
+  void list_working_devices();
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);
   void stage(int device, void* stream, int norm_parts);
   void sum_squares(std::span<const Stream> streams);
@@ -98,6 +113,9 @@ class Engine {
   std::vector<ParameterRecord> parameters_;
   std::unordered_map<std::string, int> group_names_, parameter_names_;
   std::string broken_;  // what a device reported; empty while all is well
+  bool memory_is_checked_ = true;
+  std::vector<DeviceRecord*> working_;  // of the step at hand: devices with work, in norm order
+  std::vector<StepRequest> requests_;   // to them
   std::int64_t skipped_by_caller_ = 0;
 };
 

@@ -137,7 +137,7 @@ void Engine::set_grad(int index, const TensorView& grad) {
   const bool steps_before = parameter.steps();
   const bool moved = grad.data != parameter.grad.data;
   DeviceRecord& device = device_of(parameter);
-  if (steps_before && grad.present && moved) device.changed_grads.push_back(index);
+  if (steps_before && grad.present && moved) device.note_moved_grad(parameter, index);
   parameter.grad = grad;
   if (parameter.steps() != steps_before) device.members_changed = true;
 }

@@ -55,8 +55,9 @@ void GroupRef::set_lr(double lr) {
   Hyper changed = hyper();
   std::visit([&](auto& h) { h.lr = lr; }, changed);
   engine_->set_hyper(group_, changed);
+  engine_->set_lr_source(group_, {});
 }
-void GroupRef::set_lr(const TensorView& source) { engine_->set_lr_source(group_, source); }
+void GroupRef::set_lr_source(const TensorView& source) { engine_->set_lr_source(group_, source); }
 void GroupRef::freeze() {
   for (ParameterRef member : parameters()) member.freeze();
 }

@@ -39,10 +39,12 @@ void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& pa
   }
 }
 
+/// add_group() and borrow() have refused what is not in the table.
 int layout_of(const GroupRecord& group, const ParameterRecord& parameter) {
-  const DType value = parameter.value.dtype;
-  // add_group() has refused what is not in the table.
-  return find_layout({value, parameter.grad.dtype, slot_dtype(group, value)}).value();
+  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
+  const DType slots =
+      names.size == 0 ? parameter.value.dtype : parameter.find_slot(names.data[0])->dtype;
+  return find_layout({parameter.value.dtype, parameter.grad.dtype, slots}).value();
 }
 
 TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
@@ -88,7 +90,9 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
       plan.tensors.push_back(
           tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
-      plan.prepare.push_back({parameter->state, group, static_cast<std::int16_t>(rule), wide});
+      plan.prepare.push_back({parameter->step_tensor, parameter->state, group,
+                              static_cast<std::int16_t>(rule), static_cast<std::int8_t>(wide),
+                              static_cast<std::int8_t>(parameter->step_is_double)});
       elements += parameter->size;
       const std::int64_t chunks = (parameter->size + chunk_size - 1) / chunk_size;
       for (std::int64_t i = 0; i < chunks; ++i) {

@@ -31,8 +31,11 @@ struct ParameterRecord {
   TensorView grad;  // absent: nothing to step with
   std::int64_t size;
   std::vector<Slot> slots;
+  void* step_tensor = nullptr;  // the caller's count, see PrepareRow
+  bool step_is_double = false;
   bool frozen = false;
-  int row = -1;  // in the device's plan; -1 if it does not step
+  bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads
+  int row = -1;             // in the device's plan; -1 if it does not step
 
   bool steps() const { return !frozen && grad.present; }
   const Slot* find_slot(std::string_view slot_name) const {

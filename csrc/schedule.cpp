@@ -48,10 +48,14 @@ void LrSchedule::set_step(std::int64_t step) {
     throw InvalidArgument("LrSchedule: the factor at step " + std::to_string(step) +
                           " must be >= 0, got " + std::to_string(factor));
   }
-  for (GroupRef group : optimizer_->groups()) {
+  std::vector<GroupRef> groups = optimizer_->groups();
+  for (const GroupRef& group : groups) {
     const double base = base_.try_emplace(group.name(), group.lr()).first->second;
-    group.set_lr(base * factor);
+    if (base >= 0) continue;
+    throw InvalidArgument("LrSchedule: the base of group '" + group.name() +
+                          "' must be >= 0, got " + std::to_string(base));
   }
+  for (GroupRef& group : groups) group.set_lr(base_.at(group.name()) * factor);
   step_ = step;
 }
 

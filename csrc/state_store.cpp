@@ -17,7 +17,8 @@ std::size_t padded_bytes(const StateStore::Wanted& wanted) {
 
 }  // namespace
 
-StateStore::~StateStore() { free_arenas(0, stream_); }
+/// On the default stream: the caller's may be gone.
+StateStore::~StateStore() { free_arenas(0, nullptr); }
 
 StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
   Growth growth{std::move(wanted), arenas_.size()};
@@ -44,7 +45,6 @@ StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
     }
   }
   for (const Wanted& w : growth.slots) w.parameter->slots.push_back(w.slot);
-  stream_ = stream;
   return growth;
 }
 

@@ -42,7 +42,6 @@ class StateStore {
 
   Backend& backend_;
   std::vector<Arena> arenas_;
-  void* stream_ = nullptr;  // of the last growth
 };
 
 }  // namespace fusestep::detail

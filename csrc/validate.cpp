@@ -48,6 +48,7 @@ void check_like(const std::string& where, const std::string& what, const TensorV
     throw InvalidArgument(where + ": " + what + " has " + property + " " + got + ", expected " +
                           expected);
   };
+  if (!memory.present) throw InvalidArgument(where + ": " + what + " is absent");
   if (memory.dtype != dtype) {
     refuse("dtype", std::string(name_of(dtype)), std::string(name_of(memory.dtype)));
   }

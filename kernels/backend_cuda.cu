@@ -61,22 +61,12 @@ class CudaBackend final : public Backend {
       static_cast<void>(ring_.release());
       return;
     }
+    static_cast<void>(cudaEventSynchronize(last_work_));
     try {
       const DeviceGuard guard(device_);
-      static_cast<void>(cudaEventSynchronize(last_work_));
-      tensors_.release(nullptr);
-      prepare_.release(nullptr);
-      chunks_.release(nullptr);
-      norm_blocks_.release(nullptr);
-      hypers_.release(nullptr);
-      states_.release(nullptr);
-      scalars_.release(nullptr);
-      for (auto& sums : norm_sums_) sums.release(nullptr);
-      norm_parts_.release(nullptr);
-      control_.release(nullptr);
-      ring_.reset();
-      static_cast<void>(cudaEventDestroy(last_work_));
+      release();
     } catch (const Error&) {
+      release();
     }
   }
 
@@ -113,12 +103,20 @@ class CudaBackend final : public Backend {
   }
   void deallocate(void* data, std::size_t bytes, void* stream) noexcept override {
     if (getpid() != process_) return;
+    bool given_back = false;
+    const auto give_back = [&] {
+      given_back = true;
+      allocator_->deallocate(data, bytes, {Device::cuda(device_), stream});
+    };
     try {
       Work work(*this, stream);
-      allocator_->deallocate(data, bytes, {Device::cuda(device_), stream});
+      give_back();
       work.finish();
     } catch (const Error&) {
-      // The context is gone, and the memory with it.
+      if (given_back) return;
+      // The stream cannot be made to wait for the work that uses it.
+      static_cast<void>(cudaEventSynchronize(last_work_));
+      give_back();
     }
   }
 
@@ -274,8 +272,10 @@ class CudaBackend final : public Backend {
                  "waiting for earlier work");
     }
     ~Work() {
+      if (finished_) return;
       // After an error: what was enqueued before it is still to be waited for.
-      if (!finished_) static_cast<void>(cudaEventRecord(backend_.last_work_, stream_));
+      static_cast<void>(cudaEventRecord(backend_.last_work_, stream_));
+      backend_.last_stream_ = id_;
     }
     Work(const Work&) = delete;
     Work& operator=(const Work&) = delete;
@@ -311,6 +311,23 @@ class CudaBackend final : public Backend {
     cuda_check(cudaStreamSynchronize(work.stream()), device_, "waiting for the device");
     work.finish();
     return value;
+  }
+
+  /// Nothing of it is in use any more.
+  void release() noexcept {
+    tensors_.release(nullptr);
+    prepare_.release(nullptr);
+    chunks_.release(nullptr);
+    norm_blocks_.release(nullptr);
+    hypers_.release(nullptr);
+    states_.release(nullptr);
+    scalars_.release(nullptr);
+    for (auto& sums : norm_sums_) sums.release(nullptr);
+    norm_parts_.release(nullptr);
+    control_.release(nullptr);
+    ring_.reset();
+    if (last_work_ != nullptr) static_cast<void>(cudaEventDestroy(last_work_));
+    last_work_ = nullptr;
   }
 
   int device_;

@@ -29,8 +29,9 @@ struct Prepare {
     const int tensor = static_cast<int>(block) * kThreads + static_cast<int>(thread);
     if (decision.skip || tensor >= tensors) return;
     const PrepareRow row = rows[tensor];
-    prepare_tensor(row, hypers[row.group], decision.grad_multiplier, states[row.state],
-                   scalars[tensor]);
+    const StepState state = prepare_tensor(row, hypers[row.group], decision.grad_multiplier,
+                                           state_before(row, states), scalars[tensor]);
+    write_state_after(row, state, states);
   }
 };
 

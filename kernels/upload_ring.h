@@ -42,11 +42,16 @@ class UploadRing {
     for (std::size_t done = 0; done < bytes;) {
       const std::size_t piece = std::min(bytes - done, bytes_ / 4);
       char* pinned = claim(piece);
+      const cudaEvent_t uploaded = take_event();
       std::memcpy(pinned, static_cast<const char*>(from) + done, piece);
       cuda_check(cudaMemcpyAsync(static_cast<char*>(to) + done, pinned, piece,
                                  cudaMemcpyHostToDevice, stream),
                  device_, "uploading tables");
-      mark_in_flight(stream);
+      const cudaError_t recorded = cudaEventRecord(uploaded, stream);
+      if (recorded != cudaSuccess) static_cast<void>(cudaStreamSynchronize(stream));
+      cuda_check(recorded, device_, "recording an upload");
+      free_events_.pop_back();
+      in_flight_.push_back({begin_, end_, uploaded});
       done += piece;
     }
   }
@@ -90,16 +95,15 @@ class UploadRing {
     in_flight_.pop_front();
   }
 
-  void mark_in_flight(cudaStream_t stream) {
+  /// The last of the free ones.
+  cudaEvent_t take_event() {
     if (free_events_.empty()) {
       cudaEvent_t event = nullptr;
       cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), device_,
                  "creating an event");
       free_events_.push_back(event);
     }
-    cuda_check(cudaEventRecord(free_events_.back(), stream), device_, "recording an upload");
-    in_flight_.push_back({begin_, end_, free_events_.back()});
-    free_events_.pop_back();
+    return free_events_.back();
   }
 
   int device_;

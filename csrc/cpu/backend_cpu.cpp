@@ -140,19 +140,18 @@ class CpuBackend final : public Backend {
   /// Tensors that follow each other mostly share group and step count: theirs are copied.
   void prepare(double multiplier) {
     const PrepareRow* previous = nullptr;
-    StepState previous_before;
+    StepState previous_before, after;
     for (std::size_t i = 0; i < plan_->prepare.size(); ++i) {
       const PrepareRow& row = plan_->prepare[i];
-      StepState& state = states_[static_cast<std::size_t>(row.state)];
-      const StepState before = state;
+      const StepState before = state_before(row, states_.data());
       if (previous != nullptr && row.group == previous->group && row.rule == previous->rule &&
           row.wide == previous->wide && before == previous_before) {
-        state = states_[static_cast<std::size_t>(previous->state)];
         scalars_[i] = scalars_[i - 1];
       } else {
-        prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier, state,
-                       scalars_[i]);
+        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier, before,
+                               scalars_[i]);
       }
+      write_state_after(row, after, states_.data());
       previous = &row;
       previous_before = before;
     }

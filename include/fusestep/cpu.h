@@ -17,8 +17,8 @@ FUSESTEP_API void set_num_threads(int threads);
 FUSESTEP_API int num_threads();
 
 /// The instruction set in use: "avx512", "avx2" or "baseline". The best the processor has, or the
-/// one the environment variable FUSESTEP_ISA names when the first optimizer is made; a name this
-/// processor or build cannot serve is an InvalidArgument there.
+/// one the environment variable FUSESTEP_ISA names when the first CPU parameter is added to an
+/// optimizer; a name this processor or build cannot serve is an InvalidArgument there.
 FUSESTEP_API std::string_view instruction_set();
 
 /// What this build can use on this processor, best first.

@@ -23,6 +23,8 @@ struct AdamHyper {
   bool amsgrad = false;
   bool maximize = false;
   bool decoupled_weight_decay = false;
+
+  friend bool operator==(const AdamHyper&, const AdamHyper&) = default;
 };
 
 /// torch.optim.AdamW: an AdamHyper with AdamW's own defaults.
@@ -49,6 +51,8 @@ struct SgdHyper {
   double weight_decay = 0;
   bool nesterov = false;
   bool maximize = false;
+
+  friend bool operator==(const SgdHyper&, const SgdHyper&) = default;
 };
 
 /// torch.optim.RMSprop.
@@ -62,6 +66,8 @@ struct RmspropHyper {
   double momentum = 0;
   bool centered = false;
   bool maximize = false;
+
+  friend bool operator==(const RmspropHyper&, const RmspropHyper&) = default;
 };
 
 using Hyper = std::variant<AdamHyper, SgdHyper, RmspropHyper>;

@@ -130,11 +130,13 @@ class FUSESTEP_API GroupRef {
   /// Counts from the next step. The rule stays what it was; amsgrad, momentum, centered may change,
   /// and slots that come to be needed start at zero.
   void set_hyper(const Hyper& hyper);
+  /// The hyperparameter; set_lr_source() is not looked at.
   double lr() const;
+  /// Ends set_lr_source().
   void set_lr(double lr);
-  /// The learning rate is read from this float32 or float64 scalar whenever a step runs; an absent
-  /// view returns to the hyperparameter. It must live where the group's parameters live.
-  void set_lr(const TensorView& source);
+  /// The learning rate is read from this float32 or float64 scalar whenever a step runs. It must
+  /// live where the group's parameters live. An absent view returns to the hyperparameter.
+  void set_lr_source(const TensorView& source);
 
   /// All parameters of the group.
   void freeze();
@@ -186,7 +188,7 @@ class FUSESTEP_API Optimizer {
   /// The norm over the gradients that would step now. Waits for the device.
   GradNorm grad_norm(std::span<const Stream> streams = {});
   /// The norm the last step has computed (max_grad_norm, skip_nonfinite, measure_grad_norm); NaN if
-  /// it did not. Waits for the device.
+  /// it did not. A step with `skip` set is none. Waits for the device.
   GradNorm last_grad_norm() const;
   /// Steps that changed nothing because of skip, skip_source or skip_nonfinite. Waits for the
   /// device.

@@ -20,13 +20,14 @@ namespace fusestep {
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
-  std::vector<std::int64_t> shape = {0};  ///< {} is a 0-dim tensor of one element
+  std::vector<std::int64_t> shape;  ///< {} is a 0-dim tensor of one element
   Device device;
   bool present = false;
 
-  /// Elements; a negative extent counts as none and is refused where the view is handed in.
+  /// Elements, 0 if absent; a negative extent counts as none and is refused where the view is
+  /// handed in.
   std::int64_t size() const {
-    std::int64_t product = 1;
+    std::int64_t product = present ? 1 : 0;
     for (const std::int64_t extent : shape) product *= extent < 0 ? 0 : extent;
     return product;
   }

@@ -87,9 +87,30 @@ FUSESTEP_HD void write_scalars(const HyperRow& row, Progress progress, double mu
   out.set(scalars);
 }
 
-/// One tensor: count the step, then compute its scalars.
-FUSESTEP_HD void prepare_tensor(const PrepareRow& row, const HyperRow& hyper, double multiplier,
-                                StepState& state, ScalarRow& out) {
+/// The state a tensor steps from: a count the caller owns is believed, whatever it was set to.
+FUSESTEP_HD StepState state_before(const PrepareRow& row, const StepState* states) {
+  StepState state = states[row.state];
+  if (row.step_tensor != nullptr) {
+    state.step = static_cast<std::int64_t>(
+        row.step_is_double != 0 ? *static_cast<const double*>(row.step_tensor)
+                                : static_cast<double>(*static_cast<const float*>(row.step_tensor)));
+  }
+  return state;
+}
+
+FUSESTEP_HD void write_state_after(const PrepareRow& row, StepState state, StepState* states) {
+  states[row.state] = state;
+  if (row.step_tensor == nullptr) return;
+  if (row.step_is_double != 0) {
+    *static_cast<double*>(row.step_tensor) = static_cast<double>(state.step);
+  } else {
+    *static_cast<float*>(row.step_tensor) = static_cast<float>(state.step);
+  }
+}
+
+/// One tensor: count the step, then compute its scalars. Returns the state after it.
+FUSESTEP_HD StepState prepare_tensor(const PrepareRow& row, const HyperRow& hyper,
+                                     double multiplier, StepState state, ScalarRow& out) {
   const Progress progress{++state.step, state.buffer_filled == 0};
   Rules::for_each([&]<int kIndex, class R>() {
     if (row.rule != kIndex) return;
@@ -100,6 +121,7 @@ FUSESTEP_HD void prepare_tensor(const PrepareRow& row, const HyperRow& hyper, do
       write_scalars<R, float>(hyper, progress, multiplier, out);
     }
   });
+  return state;
 }
 
 }  // namespace fusestep::detail

@@ -42,10 +42,13 @@ struct Chunk {
 
 /// What prepare() has to know of one tensor.
 struct PrepareRow {
+  void* step_tensor;   // float32 or float64 count the caller owns and sees; null: StepState has it
+                       // alone
   std::int32_t state;  // index of its StepState
   std::int32_t group;  // index of its HyperRow
   std::int16_t rule;   // position in Rules
-  std::int16_t wide;   // the layout's arithmetic is double
+  std::int8_t wide;    // the layout's arithmetic is double
+  std::int8_t step_is_double;
 
   friend bool operator==(const PrepareRow&, const PrepareRow&) = default;
 };
@@ -58,8 +61,8 @@ struct StepState {
   friend bool operator==(const StepState&, const StepState&) = default;
 };
 
-/// A group's settings: those of its rule, whichever that is. `lr_source`, if not null, replaces their
-/// `lr` when the step runs.
+/// A group's settings: those of its rule, whichever that is. `lr_source`, if not null, replaces
+/// their `lr` when the step runs.
 struct HyperRow {
   alignas(8) unsigned char bytes[64];
   const void* lr_source;

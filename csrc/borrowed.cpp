@@ -1,0 +1,199 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "borrowed.h"
+
+#include <algorithm>
+
+#include "fusestep/detail/layout.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace fusestep::detail {
+
+void BorrowedOptimizer::step(std::span<const BorrowedGroup> groups,
+                             std::span<const BorrowedTensor> tensors, const StepOptions& options) {
+  find_turns(tensors);
+  if (turns_.empty()) {
+    passes_[0].step(groups, tensors, options);
+  } else {
+    for (int turn = 0; turn < static_cast<int>(passes_.size()); ++turn) {
+      std::vector<BorrowedTensor> now;
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        if (turns_[i] == turn) now.push_back(tensors[i]);
+      }
+      passes_[static_cast<std::size_t>(turn)].step(groups, now, options);
+    }
+  }
+  ++steps_;
+}
+
+/// Whose values share memory with those of an earlier tensor: a parameter listed twice, tied
+/// weights.
+void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
+  const auto same = [](const Memory& memory, const BorrowedTensor& tensor) {
+    return memory == Memory{tensor.value, tensor.size};
+  };
+  if (std::equal(memory_.begin(), memory_.end(), tensors.begin(), tensors.end(), same)) return;
+  memory_.clear();
+  for (const BorrowedTensor& tensor : tensors) memory_.push_back({tensor.value, tensor.size});
+
+  const auto begin = [&](int i) {
+    return reinterpret_cast<std::uintptr_t>(tensors[static_cast<std::size_t>(i)].value);
+  };
+  const auto end = [&](int i) {
+    const BorrowedTensor& tensor = tensors[static_cast<std::size_t>(i)];
+    return begin(i) + static_cast<std::size_t>(tensor.size) * size_of(tensor.dtype);
+  };
+  std::vector<int> order;
+  for (int i = 0; i < static_cast<int>(tensors.size()); ++i) {
+    if (tensors[static_cast<std::size_t>(i)].size != 0) order.push_back(i);
+  }
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return begin(a) < begin(b); });
+
+  turns_.clear();
+  int last = 0;
+  for (std::size_t first = 0, next = 0; first < order.size(); first = next) {
+    std::uintptr_t reach = end(order[first]);
+    for (next = first + 1; next < order.size() && begin(order[next]) < reach; ++next) {
+      reach = std::max(reach, end(order[next]));
+    }
+    if (next == first + 1) continue;
+    turns_.resize(tensors.size());
+    std::vector<int> together(order.begin() + static_cast<std::ptrdiff_t>(first),
+                              order.begin() + static_cast<std::ptrdiff_t>(next));
+    std::sort(together.begin(), together.end());
+    for (const int later : together) {
+      int& turn = turns_[static_cast<std::size_t>(later)];
+      for (const int earlier : together) {
+        if (earlier == later) break;
+        if (begin(earlier) >= end(later) || begin(later) >= end(earlier)) continue;
+        turn = std::max(turn, turns_[static_cast<std::size_t>(earlier)] + 1);
+      }
+      last = std::max(last, turn);
+    }
+  }
+  passes_.resize(static_cast<std::size_t>(last) + 1);
+}
+
+void BorrowedPass::step(std::span<const BorrowedGroup> groups,
+                        std::span<const BorrowedTensor> tensors, const StepOptions& options) {
+  if (!same_tensors(groups, tensors)) {
+    rebuild(groups, tensors);
+  } else {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i] == tensors_[i]) continue;
+      engine_->rebind(static_cast<int>(i), tensors[i]);
+      tensors_[i] = tensors[i];
+    }
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+      BorrowedGroup& known = groups_[i];
+      const TensorView &before = known.lr_source, &now = groups[i].lr_source;
+      if (groups[i].hyper == known.hyper && now.data == before.data && now.dtype == before.dtype) {
+        continue;
+      }
+      engine_->reset(static_cast<int>(i), groups[i]);
+      known = groups[i];
+    }
+  }
+  engine_->step(options);
+}
+
+/// What a rebind cannot change: how many there are, and the kind of each.
+bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
+                                std::span<const BorrowedTensor> tensors) const {
+  if (engine_ == nullptr || engine_->broken()) return false;
+  const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
+    return find_rule(a.hyper) == find_rule(b.hyper);
+  };
+  const auto same_tensor = [](const BorrowedTensor& a, const BorrowedTensor& b) {
+    return a.size == b.size && a.group == b.group && a.device == b.device && a.dtype == b.dtype &&
+           a.slot_dtype == b.slot_dtype;
+  };
+  return std::equal(groups.begin(), groups.end(), groups_.begin(), groups_.end(), same_group) &&
+         std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(), same_tensor);
+}
+
+void BorrowedPass::rebuild(std::span<const BorrowedGroup> groups,
+                           std::span<const BorrowedTensor> tensors) {
+  auto engine = std::make_unique<Engine>(OptimizerOptions{});
+  engine->borrow(groups, tensors);
+  groups_.assign(groups.begin(), groups.end());
+  tensors_.assign(tensors.begin(), tensors.end());
+  engine_ = std::move(engine);
+}
+
+void Engine::borrow(std::span<const BorrowedGroup> groups,
+                    std::span<const BorrowedTensor> tensors) {
+  memory_is_checked_ = false;  // frameworks share memory where they see fit
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const std::string name = std::to_string(i);
+    groups_.push_back({name, groups[i].hyper, groups[i].lr_source, {}, {}});
+  }
+  for (const BorrowedTensor& tensor : tensors) {
+    const int index = static_cast<int>(parameters_.size());
+    GroupRecord& group = groups_.at(static_cast<std::size_t>(tensor.group));
+    ParameterRecord record;
+    record.name = group.name + "." + std::to_string(group.parameters.size());
+    record.group = tensor.group;
+    record.size = tensor.size;
+    record.value = {tensor.value, tensor.dtype, {tensor.size}, tensor.device, true};
+    if (!find_layout({tensor.dtype, tensor.dtype, tensor.slot_dtype})) {
+      throw InvalidArgument(where(record) + ": no layout for values of " +
+                            std::string(name_of(tensor.dtype)) + " with slots of " +
+                            std::string(name_of(tensor.slot_dtype)));
+    }
+    record.device = device_index(tensor.device, where(record));
+    record.state = devices_[static_cast<std::size_t>(record.device)]->states++;
+    group.parameters.push_back(index);
+    parameters_.push_back(std::move(record));
+    rebind(index, tensor);
+  }
+}
+
+/// Of the same rule variant as before.
+void Engine::reset(int index, const BorrowedGroup& settings) {
+  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  group.hyper = settings.hyper;
+  group.lr_source = settings.lr_source;
+  for (const auto& device : devices_) device->hypers_changed = true;
+}
+
+void Engine::rebind(int index, const BorrowedTensor& tensor) {
+  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  DeviceRecord& device = device_of(parameter);
+  const SlotNames names =
+      rule_info(find_rule(groups_[static_cast<std::size_t>(parameter.group)].hyper)).slots;
+
+  const bool only_grad =
+      tensor.steps && parameter.steps() && tensor.buffer_filled &&
+      parameter.value.data == tensor.value && parameter.step_tensor == tensor.step_tensor &&
+      std::equal(parameter.slots.begin(), parameter.slots.end(), tensor.slot,
+                 tensor.slot + names.size,
+                 [](const Slot& slot, const void* data) { return slot.data == data; });
+  if (only_grad) {
+    if (parameter.grad.data != tensor.grad) device.note_moved_grad(parameter, index);
+    parameter.grad.data = tensor.grad;
+    return;
+  }
+  const Slot* buffer = parameter.find_slot("momentum_buffer");
+  const void* buffer_before = buffer == nullptr ? nullptr : buffer->data;
+  parameter.value.data = tensor.value;
+  parameter.grad = {tensor.grad, tensor.dtype, {tensor.size}, tensor.device, tensor.steps};
+  parameter.step_tensor = tensor.step_tensor;
+  parameter.step_is_double = tensor.step_is_double;
+  parameter.slots.clear();
+  if (tensor.steps) {
+    for (int i = 0; i < names.size; ++i) {
+      parameter.slots.push_back({names.data[i], tensor.slot_dtype, tensor.slot[i], true});
+    }
+  }
+  buffer = parameter.find_slot("momentum_buffer");
+  // A fresh one may have the address of the one it replaces.
+  if (buffer != nullptr && (buffer->data != buffer_before || !tensor.buffer_filled)) {
+    StepState state = read_state(index);
+    state.buffer_filled = tensor.buffer_filled ? 1 : 0;
+    device.given_states[parameter.state] = state;
+  }
+  device.members_changed = true;
+}
+
+}  // namespace fusestep::detail

@@ -1,0 +1,83 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Steps tensors that belong to a framework altogether: values, gradients, slots and step counts.
+// Their addresses may be others at every step; what has not changed since the last one costs a
+// comparison.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine.h"
+
+namespace fusestep::detail {
+
+struct BorrowedTensor {
+  void* value = nullptr;
+  void* grad = nullptr;
+  void* slot[kMaxSlots] = {};   // of the group's rule variant, in its order
+  void* step_tensor = nullptr;  // float32 or float64, or null: the count is the engine's own
+  std::int64_t size = 0;        // elements, laid out alike in all of them
+  std::int32_t group = 0;
+  Device device;
+  DType dtype = DType::kFloat32;  // of value and gradient
+  DType slot_dtype = DType::kFloat32;
+  bool step_is_double = false;
+  bool buffer_filled = false;  // a momentum buffer that a step or a load has filled
+  bool steps = false;          // has a gradient, and with it slots
+
+  friend bool operator==(const BorrowedTensor&, const BorrowedTensor&) = default;
+};
+
+struct BorrowedGroup {
+  Hyper hyper;
+  TensorView lr_source = {};  // absent: hyper's lr
+};
+
+/// Tensors of which no two share memory.
+class BorrowedPass {
+ public:
+  void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
+            const StepOptions& options);
+
+ private:
+  bool same_tensors(std::span<const BorrowedGroup> groups,
+                    std::span<const BorrowedTensor> tensors) const;
+  void rebuild(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors);
+
+  std::unique_ptr<Engine> engine_;
+  std::vector<BorrowedGroup> groups_;
+  std::vector<BorrowedTensor> tensors_;
+};
+
+class BorrowedOptimizer {
+ public:
+  /// Settings are believed as they are: the framework has checked them, or let its user go on
+  /// without. Tensors that share memory step one after the other, in their order.
+  void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
+            const StepOptions& options);
+  /// Steps taken since it was made: a test's proof that it was this that stepped.
+  std::int64_t steps() const { return steps_; }
+  /// Whether the tensor at this place had this value at the last step.
+  bool knows(std::size_t index, const BorrowedTensor& tensor) const {
+    return index < memory_.size() && memory_[index] == Memory{tensor.value, tensor.size};
+  }
+
+ private:
+  struct Memory {
+    const void* value;
+    std::int64_t size;
+    friend bool operator==(const Memory&, const Memory&) = default;
+  };
+  void find_turns(std::span<const BorrowedTensor> tensors);
+
+  std::vector<BorrowedPass> passes_ = std::vector<BorrowedPass>(1);
+  std::vector<Memory> memory_;  // of every tensor of the last step
+  std::vector<int> turns_;      // the pass of every tensor; empty: one for all
+  std::int64_t steps_ = 0;
+};
+
+}  // namespace fusestep::detail
