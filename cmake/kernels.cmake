@@ -4,6 +4,9 @@ set(FUSESTEP_CUDA_SOURCES kernels/apply.cu kernels/backend_cuda.cu)
 target_sources(fusestep PRIVATE ${FUSESTEP_CUDA_SOURCES})
 set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep PROPERTIES
   COMPILE_OPTIONS "-std=c++20;-fmad=false;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off")
+# A program that links the static library needs the CUDA runtime, and no CUDA language of its own.
+target_link_libraries(fusestep PRIVATE CUDA::cudart_static)
 set_target_properties(fusestep PROPERTIES
+  LINKER_LANGUAGE CXX
   CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)

@@ -31,6 +31,10 @@ target_compile_features(fusestep PUBLIC cxx_std_20)
 target_compile_options(fusestep PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:${FUSESTEP_FP_FLAGS};-Wall;-Wextra;-Wconversion;-Wshadow>)
 target_link_libraries(fusestep PRIVATE Threads::Threads)
+if(UNIX AND NOT APPLE)
+  # Threads of ours sleep in it: dlclose() must not unmap it.
+  target_link_options(fusestep PRIVATE -Wl,-z,nodelete)
+endif()
 
 # One object of the CPU loops per instruction set. -O3 in every build type: without it (and without
 # -fno-math-errno) the loops silently stay scalar.

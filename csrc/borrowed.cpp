@@ -100,7 +100,7 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
 /// What a rebind cannot change: how many there are, and the kind of each.
 bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
-  if (engine_ == nullptr || engine_->broken()) return false;
+  if (engine_ == nullptr) return false;  // one that has failed stays, and refuses
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
     return find_rule(a.hyper) == find_rule(b.hyper);
   };
@@ -167,7 +167,7 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
       tensor.steps && parameter.steps() && tensor.buffer_filled &&
       parameter.value.data == tensor.value && parameter.step_tensor == tensor.step_tensor &&
       std::equal(parameter.slots.begin(), parameter.slots.end(), tensor.slot,
-                 tensor.slot + names.size,
+                 tensor.slot + names.size(),
                  [](const Slot& slot, const void* data) { return slot.data == data; });
   if (only_grad) {
     if (parameter.grad.data != tensor.grad) device.note_moved_grad(parameter, index);
@@ -182,8 +182,8 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
   parameter.step_is_double = tensor.step_is_double;
   parameter.slots.clear();
   if (tensor.steps) {
-    for (int i = 0; i < names.size; ++i) {
-      parameter.slots.push_back({names.data[i], tensor.slot_dtype, tensor.slot[i], true});
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      parameter.slots.push_back({names[i], tensor.slot_dtype, tensor.slot[i], true});
     }
   }
   buffer = parameter.find_slot("momentum_buffer");

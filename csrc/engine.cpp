@@ -61,6 +61,7 @@ void Engine::step(const StepOptions& options) {
     requests_.clear();
     for (const DeviceRecord* device : working_) {
       requests_.push_back(request_for(*device, options, norm_parts));
+      requests_.back().counts_skips = requests_.size() == 1;
     }
     for (std::size_t i = 0; i < working_.size(); ++i) {
       try {
@@ -70,6 +71,7 @@ void Engine::step(const StepOptions& options) {
         throw DeviceError(error.what());  // the devices before this one have stepped
       }
     }
+    decided_last_ = working_.empty() ? nullptr : working_.front();
   });
 }
 
@@ -103,18 +105,18 @@ GradNorm Engine::grad_norm(std::span<const Stream> streams) {
 }
 
 GradNorm Engine::last_grad_norm() {
-  list_working_devices();  // each knows the norm over all of them
-  if (working_.empty()) return {std::nan(""), 0};
-  const Control control = working_.front()->backend->read_control();
+  if (decided_last_ == nullptr) return {std::nan(""), 0};
+  Control control{};
+  on_device([&] { control = decided_last_->backend->read_control(); });
   return {control.grad_norm, control.nonfinite};
 }
 
 std::int64_t Engine::skipped_steps() {
-  std::int64_t most = 0;  // all devices skip together; one that joined late has seen fewer
-  for (const auto& device : devices_) {
-    most = std::max(most, device->backend->read_control().skipped_steps);
-  }
-  return skipped_by_caller_ + most;
+  std::int64_t skipped = skipped_by_caller_;
+  on_device([&] {
+    for (const auto& device : devices_) skipped += device->backend->read_control().skipped_steps;
+  });
+  return skipped;
 }
 
 void Engine::check(const StepOptions& options) {
@@ -133,6 +135,10 @@ void Engine::check(const StepOptions& options) {
                           std::to_string(options.max_grad_norm));
   }
   for (const Stream& stream : options.streams) {
+    const auto same_device = [&](const Stream& other) { return other.device == stream.device; };
+    if (std::count_if(options.streams.begin(), options.streams.end(), same_device) != 1) {
+      throw InvalidArgument("there are two streams of " + to_string(stream.device));
+    }
     if (!stream.device.is_cuda()) {
       throw InvalidArgument("a stream must belong to a CUDA device, got one of " +
                             to_string(stream.device));
@@ -146,7 +152,7 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
     return device->members_changed || !device->changed_grads.empty();
   };
   if (memory_is_checked_ && std::any_of(devices_.begin(), devices_.end(), memory_changed)) {
-    check_no_overlap();
+    on_device([&] { check_no_overlap(); });
   }
 
   std::vector<StateStore::Growth> growths;
@@ -227,7 +233,8 @@ void Engine::stage(int index, void* stream, int norm_parts) {
   device.backend->stage(tables, stream);
 
   device.staged_states = device.states;
-  for (const auto& [state, value] : device.given_states) device.backend->write_state(state, value);
+  for (const auto& [state, value] : device.given_states)
+    device.backend->write_state(state, value, stream);
   device.given_states.clear();
   device.members_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
@@ -284,18 +291,6 @@ StepRequest Engine::request_for(const DeviceRecord& device, const StepOptions& o
 void Engine::refuse_if_broken() const {
   if (broken_.empty()) return;
   throw DeviceError("this optimizer cannot be used any more, a device has failed: " + broken_);
-}
-
-template <class F>
-void Engine::on_device(F&& work) {
-  try {
-    work();
-  } catch (const DeviceError& error) {
-    broken_ = error.what();
-    throw;
-  } catch (const std::bad_alloc&) {
-    throw OutOfMemory("no memory on the host for the tables of a step");
-  }
 }
 
 }  // namespace fusestep::detail

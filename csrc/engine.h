@@ -6,6 +6,7 @@
 
 #include <map>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -55,6 +56,7 @@ class Engine {
   int find_group(std::string_view name) const;
   int find_parameter(std::string_view name) const;
   void set_hyper(int group, const Hyper& hyper);
+  void set_lr(int group, double lr);
   void set_lr_source(int group, const TensorView& source);
   void set_grad(int parameter, const TensorView& grad);
   void set_value(int parameter, const TensorView& value);
@@ -114,9 +116,22 @@ class Engine {
   std::unordered_map<std::string, int> group_names_, parameter_names_;
   std::string broken_;  // what a device reported; empty while all is well
   bool memory_is_checked_ = true;
-  std::vector<DeviceRecord*> working_;  // of the step at hand: devices with work, in norm order
-  std::vector<StepRequest> requests_;   // to them
+  std::vector<DeviceRecord*> working_;    // of the step at hand: devices with work, in norm order
+  std::vector<StepRequest> requests_;     // to them
+  DeviceRecord* decided_last_ = nullptr;  // it knows what the last step decided
   std::int64_t skipped_by_caller_ = 0;
 };
+
+template <class F>
+void Engine::on_device(F&& work) {
+  try {
+    work();
+  } catch (const DeviceError& error) {
+    broken_ = error.what();
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("no memory on the host for the tables of a step");
+  }
+}
 
 }  // namespace fusestep::detail

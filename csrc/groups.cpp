@@ -113,6 +113,13 @@ void Engine::set_hyper(int index, const Hyper& hyper) {
   }
 }
 
+void Engine::set_lr(int index, double lr) {
+  Hyper changed = groups_[static_cast<std::size_t>(index)].hyper;
+  std::visit([&](auto& settings) { settings.lr = lr; }, changed);
+  set_hyper(index, changed);
+  set_lr_source(index, {});
+}
+
 void Engine::set_lr_source(int index, const TensorView& source) {
   GroupRecord& group = groups_[static_cast<std::size_t>(index)];
   if (source.present) {

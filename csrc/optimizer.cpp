@@ -31,16 +31,16 @@ void StateRef::bind_slot(std::string_view name, const TensorView& memory) {
   engine_->bind_slot(parameter_, name, memory);
 }
 
-const std::string& ParameterRef::name() const { return record(engine_, parameter_).name; }
-const TensorView& ParameterRef::value() const { return record(engine_, parameter_).value; }
-const TensorView& ParameterRef::grad() const { return record(engine_, parameter_).grad; }
+std::string ParameterRef::name() const { return record(engine_, parameter_).name; }
+TensorView ParameterRef::value() const { return record(engine_, parameter_).value; }
+TensorView ParameterRef::grad() const { return record(engine_, parameter_).grad; }
 void ParameterRef::set_grad(const TensorView& grad) { engine_->set_grad(parameter_, grad); }
 void ParameterRef::set_value(const TensorView& value) { engine_->set_value(parameter_, value); }
 void ParameterRef::freeze() { engine_->set_frozen(parameter_, true); }
 void ParameterRef::thaw() { engine_->set_frozen(parameter_, false); }
 bool ParameterRef::frozen() const { return record(engine_, parameter_).frozen; }
 
-const std::string& GroupRef::name() const { return group_record(engine_, group_).name; }
+std::string GroupRef::name() const { return group_record(engine_, group_).name; }
 std::vector<ParameterRef> GroupRef::parameters() const {
   std::vector<ParameterRef> members;
   for (const int member : group_record(engine_, group_).parameters) {
@@ -48,15 +48,10 @@ std::vector<ParameterRef> GroupRef::parameters() const {
   }
   return members;
 }
-const Hyper& GroupRef::hyper() const { return group_record(engine_, group_).hyper; }
+Hyper GroupRef::hyper() const { return group_record(engine_, group_).hyper; }
 void GroupRef::set_hyper(const Hyper& hyper) { engine_->set_hyper(group_, hyper); }
 double GroupRef::lr() const { return learning_rate(hyper()); }
-void GroupRef::set_lr(double lr) {
-  Hyper changed = hyper();
-  std::visit([&](auto& h) { h.lr = lr; }, changed);
-  engine_->set_hyper(group_, changed);
-  engine_->set_lr_source(group_, {});
-}
+void GroupRef::set_lr(double lr) { engine_->set_lr(group_, lr); }
 void GroupRef::set_lr_source(const TensorView& source) { engine_->set_lr_source(group_, source); }
 void GroupRef::freeze() {
   for (ParameterRef member : parameters()) member.freeze();

@@ -6,6 +6,8 @@
 #include <numbers>
 #include <utility>
 
+#include "engine.h"
+
 namespace fusestep {
 
 LrFactor step_decay(std::int64_t step_size, double gamma) {
@@ -34,8 +36,12 @@ LrFactor cosine_with_warmup(std::int64_t warmup, std::int64_t total, double floo
 
 LrSchedule::LrSchedule(Optimizer& optimizer, LrFactor factor, std::int64_t start,
                        std::unordered_map<std::string, double> base)
-    : optimizer_(&optimizer), factor_(std::move(factor)), step_(start), base_(std::move(base)) {
-  for (const auto& [name, lr] : base_) optimizer.group(name);  // a name no group has is an error
+    : engine_(optimizer.engine_.get()),
+      factor_(std::move(factor)),
+      step_(start),
+      base_(std::move(base)) {
+  for (const auto& [name, lr] : base_)
+    engine_->find_group(name);  // a name no group has is an error
   set_step(start);
 }
 
@@ -48,14 +54,17 @@ void LrSchedule::set_step(std::int64_t step) {
     throw InvalidArgument("LrSchedule: the factor at step " + std::to_string(step) +
                           " must be >= 0, got " + std::to_string(factor));
   }
-  std::vector<GroupRef> groups = optimizer_->groups();
-  for (const GroupRef& group : groups) {
-    const double base = base_.try_emplace(group.name(), group.lr()).first->second;
+  const std::vector<detail::GroupRecord>& groups = engine_->groups();
+  for (const detail::GroupRecord& group : groups) {
+    const double lr = learning_rate(group.hyper);
+    const double base = base_.try_emplace(group.name, lr).first->second;
     if (base >= 0) continue;
-    throw InvalidArgument("LrSchedule: the base of group '" + group.name() +
-                          "' must be >= 0, got " + std::to_string(base));
+    throw InvalidArgument("LrSchedule: the base of group '" + group.name + "' must be >= 0, got " +
+                          std::to_string(base));
   }
-  for (GroupRef& group : groups) group.set_lr(base_.at(group.name()) * factor);
+  for (int i = 0; i < static_cast<int>(groups.size()); ++i) {
+    engine_->set_lr(i, base_.at(groups[static_cast<std::size_t>(i)].name) * factor);
+  }
   step_ = step;
 }
 

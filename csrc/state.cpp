@@ -15,7 +15,9 @@ StepState Engine::read_state(int index) {
   const auto given = device.given_states.find(parameter.state);
   if (given != device.given_states.end()) return given->second;
   if (parameter.state >= device.staged_states) return {};
-  return device.backend->read_state(parameter.state);
+  StepState state;
+  on_device([&] { state = device.backend->read_state(parameter.state); });
+  return state;
 }
 
 void Engine::write_step(int index, std::int64_t step) {

@@ -12,16 +12,19 @@ cudaError_t launch_apply(const ApplyTables& tables, unsigned blocks, std::int64_
   return launch(Apply<R, L>{tables, threads}, blocks, stream);
 }
 
-ApplyKernel apply_kernel(int rule, int layout) {
-  ApplyKernel found{};
+constexpr ApplyKernels make_kernels() {
+  ApplyKernels kernels{};
   Rules::for_each([&]<int kRule, class R>() {
     Layouts::for_each([&]<int kLayout, class L>() {
-      if (rule == kRule && layout == kLayout) {
-        found = {launch_apply<R, L>, load_kernel<Apply<R, L>>};
-      }
+      kernels.of[kRule][kLayout] = {launch_apply<R, L>, load_kernel<Apply<R, L>>};
     });
   });
-  return found;
+  return kernels;
+}
+
+const ApplyKernels& apply_kernels() {
+  static constexpr ApplyKernels kernels = make_kernels();
+  return kernels;
 }
 
 }  // namespace fusestep::detail

@@ -17,6 +17,10 @@ struct ApplyKernel {
   cudaError_t (*load)();
 };
 
-ApplyKernel apply_kernel(int rule, int layout);
+struct ApplyKernels {
+  ApplyKernel of[kRules][kLayouts];
+};
+
+const ApplyKernels& apply_kernels();
 
 }  // namespace fusestep::detail

@@ -49,6 +49,13 @@ class CudaBackend final : public Backend {
       : device_(device), allocator_(std::move(allocator)) {
     if (allocator_ == nullptr) allocator_ = std::make_shared<PoolAllocator>();
     const DeviceGuard guard(device_);
+    int has_pools = 0;
+    cuda_check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, device_),
+               device_, "asking for memory pools");
+    if (has_pools == 0) {
+      throw DeviceError("cuda:" + std::to_string(device_) +
+                        ": the device or its driver has no memory pools (cudaMallocAsync)");
+    }
     cuda_check(load_kernel<Prepare>(), device_, "loading kernels");
     cuda_check(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), device_,
                "creating an event");
@@ -150,7 +157,8 @@ class CudaBackend final : public Backend {
     }
     if (tables.members_changed) {
       for (const Bucket& bucket : plan.buckets) {
-        cuda_check(apply_kernel(bucket.rule, bucket.layout).load(), device_, "loading kernels");
+        cuda_check(apply_kernels().of[bucket.rule][bucket.layout].load(), device_,
+                   "loading kernels");
       }
       tensors_.upload(*ring_, plan.tensors, 0, work.stream());
       prepare_.upload(*ring_, plan.prepare, 0, work.stream());
@@ -231,10 +239,10 @@ class CudaBackend final : public Backend {
       for (const Bucket& bucket : plan_->buckets) {
         const ApplyTables tables{chunks_.data() + bucket.first_chunk, tensors_.data(),
                                  scalars_.data(), control_.data()};
-        cuda_check(apply_kernel(bucket.rule, bucket.layout)
-                       .launch(tables, static_cast<unsigned>(bucket.chunks), bucket.elements,
-                               work.stream()),
-                   device_, "launching apply");
+        cuda_check(
+            apply_kernels().of[bucket.rule][bucket.layout].launch(
+                tables, static_cast<unsigned>(bucket.chunks), bucket.elements, work.stream()),
+            device_, "launching apply");
       }
       work.finish();
     } catch (const OutOfMemory& error) {
@@ -243,8 +251,8 @@ class CudaBackend final : public Backend {
   }
 
   StepState read_state(int index) override { return read(states_.data() + index, nullptr); }
-  void write_state(int index, StepState state) override {
-    Work work(*this, nullptr);
+  void write_state(int index, StepState state, void* stream) override {
+    Work work(*this, stream);
     states_.upload(*ring_, std::span(&state, 1), static_cast<std::size_t>(index), work.stream());
     work.finish();
   }
@@ -265,6 +273,13 @@ class CudaBackend final : public Backend {
         : backend_(check_process(backend)),
           guard_(backend.device_),
           stream_(static_cast<cudaStream_t>(stream)) {
+      cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+      cuda_check(cudaStreamIsCapturing(stream_, &capturing), backend_.device_,
+                 "asking whether the stream is captured");
+      if (capturing != cudaStreamCaptureStatusNone) {
+        throw InvalidArgument("cuda:" + std::to_string(backend_.device_) +
+                              ": a step cannot be captured into a CUDA graph");
+      }
       // Handles are used again after a stream is destroyed, ids are not.
       cuda_check(cudaStreamGetId(stream_, &id_), backend_.device_, "identifying the stream");
       if (backend_.last_stream_ == id_) return;

@@ -6,6 +6,8 @@
 // Neighbouring threads read neighbouring elements whatever the alignment.
 #pragma once
 
+#include <bit>
+
 #include "fusestep/detail/norm.h"
 #include "tuning.h"
 
@@ -13,18 +15,12 @@ namespace fusestep::detail {
 
 inline constexpr int kNormPerThread = kNormBlock / kNormThreads;
 
-constexpr int log2_of(int power_of_two) {
-  int result = 0;
-  for (; power_of_two > 1; power_of_two /= 2) ++result;
-  return result;
-}
-
 /// What both kernels have in common; `Source` says what element i of a block is.
 template <class Source>
 struct SumBlocks {
   static constexpr int kThreads = kNormThreads;
   static constexpr int kMinBlocks = 2;
-  static constexpr int kPhases = 2 + log2_of(kThreads);
+  static constexpr int kPhases = 2 + std::countr_zero(unsigned{kThreads});
   struct Shared {
     double squares[kThreads];
     std::int64_t nonfinite[kThreads];

@@ -25,7 +25,7 @@ struct Prepare {
 
   FUSESTEP_HD void operator()(unsigned block, unsigned thread) const {
     const StepDecision decision = decide(request, norm_parts);
-    if (block == 0 && thread == 0) record(decision, *control);
+    if (block == 0 && thread == 0) record(request, decision, *control);
     const int tensor = static_cast<int>(block) * kThreads + static_cast<int>(thread);
     if (decision.skip || tensor >= tensors) return;
     const PrepareRow row = rows[tensor];

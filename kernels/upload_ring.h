@@ -43,15 +43,17 @@ class UploadRing {
       const std::size_t piece = std::min(bytes - done, bytes_ / 4);
       char* pinned = claim(piece);
       const cudaEvent_t uploaded = take_event();
-      std::memcpy(pinned, static_cast<const char*>(from) + done, piece);
-      cuda_check(cudaMemcpyAsync(static_cast<char*>(to) + done, pinned, piece,
-                                 cudaMemcpyHostToDevice, stream),
-                 device_, "uploading tables");
-      const cudaError_t recorded = cudaEventRecord(uploaded, stream);
-      if (recorded != cudaSuccess) static_cast<void>(cudaStreamSynchronize(stream));
-      cuda_check(recorded, device_, "recording an upload");
-      free_events_.pop_back();
       in_flight_.push_back({begin_, end_, uploaded});
+      std::memcpy(pinned, static_cast<const char*>(from) + done, piece);
+      cudaError_t code = cudaMemcpyAsync(static_cast<char*>(to) + done, pinned, piece,
+                                         cudaMemcpyHostToDevice, stream);
+      if (code == cudaSuccess) {
+        code = cudaEventRecord(uploaded, stream);
+        if (code != cudaSuccess) static_cast<void>(cudaStreamSynchronize(stream));
+      }
+      if (code != cudaSuccess) in_flight_.pop_back();
+      cuda_check(code, device_, "uploading tables");
+      free_events_.pop_back();
       done += piece;
     }
   }

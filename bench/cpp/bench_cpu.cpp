@@ -106,12 +106,18 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
   }
 }
 
-/// Host time of a step outside the kernels: tensors of one element, on one thread.
-void host(benchmark::State& state, int tensors) {
-  const std::vector<std::int64_t> sizes(static_cast<std::size_t>(tensors), 0);
+/// Host time of a step outside the kernels, nothing changed. Empty tensors are counted and prepared
+/// as all others are; with one element each the dispatch of chunks is included, and a call of a
+/// loop.
+void host(benchmark::State& state, int tensors, std::int64_t elements) {
+  const std::vector<std::int64_t> sizes(static_cast<std::size_t>(tensors), elements);
   const Offsets offsets(sizes);
-  Optimizer optimizer = make_optimizer(sizes, offsets, rule_cases()[0], layout_cases()[0], nullptr,
-                                       nullptr, Device::cpu());
+  std::vector<float> values(static_cast<std::size_t>(offsets.total)), grads(values.size());
+  Optimizer optimizer = make_optimizer(sizes, offsets, rule_cases()[0], layout_cases()[0],
+                                       reinterpret_cast<char*>(values.data()),
+                                       reinterpret_cast<char*>(grads.data()), Device::cpu());
+  const int all_threads = num_threads();
+  set_num_threads(1);
   optimizer.step();
   for (auto _ : state) {
     std::vector<double> times;
@@ -125,6 +131,7 @@ void host(benchmark::State& state, int tensors) {
     state.SetIterationTime(median(times) * 1e-6);
     state.counters["us_per_100_parameters"] = median(times) * 100 / tensors;
   }
+  set_num_threads(all_threads);
 }
 
 }  // namespace
@@ -147,8 +154,10 @@ int main(int argc, char** argv) {
     }
   }
   for (const int tensors : {100, 1000, 10'000}) {
-    run_once("host/" + std::to_string(tensors),
-             [=](benchmark::State& state) { host(state, tensors); });
+    for (const int elements : {0, 1}) {
+      run_once("host/" + std::to_string(tensors) + "_of_" + std::to_string(elements),
+               [=](benchmark::State& state) { host(state, tensors, elements); });
+    }
   }
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;

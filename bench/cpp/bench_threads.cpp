@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Which threads should a step run on? The same work (an axpy over 1M elements, in pieces of 32,768)
-// on the library's own pool, OpenMP and oneTBB, each right after another pool has worked on all cores,
-// as the backward pass of a training program does.
+// on the library's own pool, OpenMP and oneTBB, each right after another pool has worked on all
+// cores, as the backward pass of a training program does.
 #include <omp.h>
 #include <tbb/blocked_range.h>
 #include <tbb/parallel_for.h>
@@ -46,7 +46,9 @@ const Candidate kNone{"nothing", [](int, void (*)(int)) {
                       }};
 const Candidate kCandidates[] = {
     {"own pool",
-     [](int count, void (*body)(int)) { fusestep::detail::parallel_for(count, [=](int i) { body(i); }); }},
+     [](int count, void (*body)(int)) {
+       fusestep::detail::parallel_for(count, [=](int i) { body(i); });
+     }},
     {"OpenMP",
      [](int count, void (*body)(int)) {
 #pragma omp parallel for schedule(dynamic)
@@ -68,7 +70,8 @@ double median_us(const Candidate& before, const Candidate& step) {
     const auto begin = std::chrono::steady_clock::now();
     step.loop(kPieces, piece);
     times.push_back(
-        std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
+        std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
+            .count());
   }
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];

@@ -46,6 +46,8 @@ inline const std::vector<RuleCase>& rule_cases() {
       {"sgd_momentum", SgdHyper{.momentum = 0.9}, 1},
       {"sgd_nesterov", SgdHyper{.momentum = 0.9, .nesterov = true}, 1},
       {"rmsprop", RmspropHyper{}, 1},
+      {"rmsprop_momentum", RmspropHyper{.momentum = 0.9}, 2},
+      {"rmsprop_centered", RmspropHyper{.centered = true}, 2},
       {"rmsprop_momentum_centered", RmspropHyper{.momentum = 0.9, .centered = true}, 3},
   };
   return cases;

@@ -81,7 +81,7 @@ class CpuBackend final : public Backend {
   void run(const StepRequest& request, void*) override {
     const DefaultFpEnvironment environment;
     const StepDecision decision = decide(request, norm_parts_.data());
-    record(decision, control_);
+    record(request, decision, control_);
     if (decision.skip) return;
     prepare(decision.grad_multiplier);
     parallel_for(static_cast<int>(tasks_.size()), [&](int task) {
@@ -91,7 +91,7 @@ class CpuBackend final : public Backend {
   }
 
   StepState read_state(int index) override { return states_[static_cast<std::size_t>(index)]; }
-  void write_state(int index, StepState state) override {
+  void write_state(int index, StepState state, void*) override {
     states_[static_cast<std::size_t>(index)] = state;
   }
   Control read_control() override { return control_; }

@@ -12,9 +12,11 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <string>
-#include <system_error>
 #include <thread>
 
 #include "fusestep/cpu.h"
@@ -33,9 +35,10 @@ int usable_processors() {
   return reported == 0 ? 1 : static_cast<int>(reported);
 }
 
-/// Workers sleep between jobs. A job is a counter from which everybody takes the next index, and a
-/// number of tickets for workers: one that wakes when the work is done already finds none and is
-/// not waited for.
+/// Workers sleep between jobs. A job is one range of indices per thread: everybody works through
+/// his own, so that a thread walks through memory in one direction, and then helps with the
+/// others'. There are tickets for workers: one that wakes when the work is done already finds none
+/// and is not waited for.
 class ThreadPool {
  public:
   /// False if the pool is at work for another caller.
@@ -47,12 +50,11 @@ class ThreadPool {
       start_workers(threads - 1);
       body_ = body;
       context_ = context;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
-      tickets_ = std::min(threads - 1, workers_);
+      divide(count, std::min(threads, workers_ + 1));
+      tickets_ = shares_ - 1;
     }
     wake_.notify_all();
-    take_indices();
+    work_on(0);
     std::unique_lock<std::mutex> lock(mutex_);
     tickets_ = 0;
     idle_.wait(lock, [&] { return active_ == 0; });
@@ -60,33 +62,55 @@ class ThreadPool {
   }
 
  private:
+  /// Indices [next, end) of a job.
+  struct alignas(64) Share {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+
   void start_workers(int wanted) {
     for (; workers_ < wanted; ++workers_) {
       try {
-        std::thread([this] { work(); }).detach();
-      } catch (const std::system_error&) {
+        std::thread([this] { wait_for_work(); }).detach();
+      } catch (const std::exception&) {
         return;  // fewer threads do the same work
       }
     }
   }
 
-  void work() {
+  void divide(int count, int shares) {
+    if (shares > capacity_) {
+      share_ = std::make_unique<Share[]>(static_cast<std::size_t>(shares));
+      capacity_ = shares;
+    }
+    shares_ = shares;
+    for (int i = 0; i < shares; ++i) {
+      const auto first = [&](int share) {
+        return static_cast<int>(std::int64_t{count} * share / shares);
+      };
+      share_[static_cast<std::size_t>(i)].next.store(first(i), std::memory_order_relaxed);
+      share_[static_cast<std::size_t>(i)].end = first(i + 1);
+    }
+  }
+
+  void wait_for_work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [&] { return tickets_ > 0; });
-      --tickets_;
+      const int own = tickets_--;
       ++active_;
       lock.unlock();
-      take_indices();
+      work_on(own);
       lock.lock();
       if (--active_ == 0) idle_.notify_one();
     }
   }
 
-  void take_indices() {
-    for (int i = next_.fetch_add(1, std::memory_order_relaxed); i < count_;
-         i = next_.fetch_add(1, std::memory_order_relaxed)) {
-      body_(context_, i);
+  void work_on(int own) {
+    for (int i = 0; i < shares_; ++i) {
+      Share& share = share_[static_cast<std::size_t>((own + i) % shares_)];
+      const auto take = [&] { return share.next.fetch_add(1, std::memory_order_relaxed); };
+      for (int index = take(); index < share.end; index = take()) body_(context_, index);
     }
   }
 
@@ -96,8 +120,8 @@ class ThreadPool {
   int workers_ = 0, tickets_ = 0, active_ = 0;
   void (*body_)(void*, int) = nullptr;
   void* context_ = nullptr;
-  int count_ = 0;
-  std::atomic<int> next_{0};
+  std::unique_ptr<Share[]> share_;
+  int shares_ = 0, capacity_ = 0;
 };
 
 /// Never destroyed: its sleeping workers outlive every static object. A forked child has none of
@@ -124,7 +148,11 @@ std::atomic<int> requested_threads{0};
 
 void parallel_for(int count, void (*body)(void*, int), void* context) {
   const int threads = std::min(num_threads(), count);
-  if (threads > 1 && pool().try_run(count, threads, body, context)) return;
+  try {
+    if (threads > 1 && pool().try_run(count, threads, body, context)) return;
+  } catch (const std::bad_alloc&) {
+    // No memory for a pool, and nothing begun.
+  }
   for (int i = 0; i < count; ++i) body(context, i);
 }
 

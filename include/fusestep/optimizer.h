@@ -53,7 +53,7 @@ struct StepOptions {
   /// Scale all gradients by min(1, max_grad_norm / (norm + 1e-6)), where norm is the 2-norm over
   /// all gradients that step now, after the multiplier. The gradients in memory stay as they are.
   double max_grad_norm = std::numeric_limits<double>::infinity();
-  /// Skip if any element of a gradient is infinite or NaN; decided on the device.
+  /// Skip if any element of a gradient in memory is infinite or NaN; decided on the device.
   bool skip_nonfinite = false;
   /// Compute the norm even if nothing above needs it.
   bool measure_grad_norm = false;
@@ -96,9 +96,9 @@ class FUSESTEP_API StateRef {
 /// A handle to one parameter. Valid as long as the optimizer.
 class FUSESTEP_API ParameterRef {
  public:
-  const std::string& name() const;
-  const TensorView& value() const;
-  const TensorView& grad() const;
+  std::string name() const;
+  TensorView value() const;
+  TensorView grad() const;
 
   /// Gradient for the next steps: value's dtype, shape and device; an absent view means none.
   void set_grad(const TensorView& grad);
@@ -123,10 +123,10 @@ class FUSESTEP_API ParameterRef {
 /// A handle to one group. Valid as long as the optimizer.
 class FUSESTEP_API GroupRef {
  public:
-  const std::string& name() const;
+  std::string name() const;
   std::vector<ParameterRef> parameters() const;
 
-  const Hyper& hyper() const;
+  Hyper hyper() const;
   /// Counts from the next step. The rule stays what it was; amsgrad, momentum, centered may change,
   /// and slots that come to be needed start at zero.
   void set_hyper(const Hyper& hyper);
@@ -185,7 +185,8 @@ class FUSESTEP_API Optimizer {
   /// DeviceError leaves parameters, state and step counts as they were.
   void step(const StepOptions& options = {});
 
-  /// The norm over the gradients that would step now. Waits for the device.
+  /// The norm over the gradients that would step now, which get their slots if they have none yet.
+  /// Waits for the device.
   GradNorm grad_norm(std::span<const Stream> streams = {});
   /// The norm the last step has computed (max_grad_norm, skip_nonfinite, measure_grad_norm); NaN if
   /// it did not. A step with `skip` set is none. Waits for the device.
@@ -198,6 +199,7 @@ class FUSESTEP_API Optimizer {
   std::map<std::string, std::size_t> memory_report() const;
 
  private:
+  friend class LrSchedule;
   std::unique_ptr<detail::Engine> engine_;
 };
 

@@ -24,7 +24,7 @@ FUSESTEP_API LrFactor step_decay(std::int64_t step_size, double gamma = 0.1);
 /// `floor` from there on (Loshchilov & Hutter, "SGDR", 2017). 0 <= warmup < total, 0 <= floor <= 1.
 FUSESTEP_API LrFactor cosine_with_warmup(std::int64_t warmup, std::int64_t total, double floor = 0);
 
-/// Sets lr = base * factor(step) in every group.
+/// Sets lr = base * factor(step) in every group. Valid as long as the optimizer.
 class FUSESTEP_API LrSchedule {
  public:
   /// The base of a group is its lr when the schedule first sees it (now, or when step() meets a
@@ -42,7 +42,7 @@ class FUSESTEP_API LrSchedule {
   const std::unordered_map<std::string, double>& base() const { return base_; }
 
  private:
-  Optimizer* optimizer_;
+  detail::Engine* engine_;  // stays where it is when the Optimizer is moved
   LrFactor factor_;
   std::int64_t step_;
   std::unordered_map<std::string, double> base_;

@@ -40,6 +40,13 @@ TensorView view(T* data, std::vector<std::int64_t> shape, Device device = Device
   return {data, dtype_of<T>, std::move(shape), device, true};
 }
 
+/// A gradient that may only be read; as a value or slot it would be written.
+template <class T>
+TensorView grad_view(const T* data, std::vector<std::int64_t> shape,
+                     Device device = Device::cpu()) {
+  return view(const_cast<T*>(data), std::move(shape), device);
+}
+
 /// "[64, 3, 7, 7]".
 FUSESTEP_API std::string to_string(const std::vector<std::int64_t>& shape);
 

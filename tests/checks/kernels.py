@@ -28,7 +28,7 @@ def run(*command):
 
 def demangle(names):
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return dict(zip(names, text.stdout.split("\n")))
+    return dict(zip(names, text.stdout.split("\n"), strict=False))
 
 
 def short(name):
@@ -132,10 +132,11 @@ class Kernel:
 
 
 def read_kernels(cuobjdump, library):
-    usage = dict(
-        re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", run(cuobjdump, "--dump-resource-usage", library))
-    )
-    sass = functions(run(cuobjdump, "--dump-sass", library), r"Function : (\S+)")
+    def dump(what):
+        return run(cuobjdump, what, "--gpu-architecture", "sm_90", library)
+
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump("--dump-resource-usage")))
+    sass = functions(dump("--dump-sass"), r"Function : (\S+)")
     ptx = functions(run(cuobjdump, "--dump-ptx", library), r"\.entry (\w+)\(")
     names = demangle(list(usage))
     kernels = [Kernel(short(names[n]), usage[n], sass[n], ptx.get(n, [])) for n in usage]
@@ -155,6 +156,9 @@ def main():
         return 77
 
     kernels = read_kernels(options.cuobjdump, options.library)
+    if not kernels:
+        print("skipped: the library has no code for sm_90")
+        return 77
     compiler = re.search(r"V(\d+\.\d+\.\d+)", run(options.nvcc, "--version")).group(1)
     table = "\n".join([f"nvcc {compiler}, sm_90", TABLE_HEAD] + [k.row() for k in kernels]) + "\n"
     print(table)

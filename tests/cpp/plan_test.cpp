@@ -39,7 +39,7 @@ class PaperBackend final : public Backend {
   void write_sum(int, NormSum, void*) override {}
   void run(const StepRequest&, void*) override {}
   StepState read_state(int) override { return {}; }
-  void write_state(int, StepState) override {}
+  void write_state(int, StepState, void*) override {}
   Control read_control() override { return {}; }
   double read_scalar(const void*, bool, void*) override { return 0; }
 

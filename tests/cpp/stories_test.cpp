@@ -499,7 +499,9 @@ TEST(Skip, NotAskedForNanSpreadsAsInTorch) {
 /// parameter without weight decay stays infinite.
 TEST(Skip, OverflowAsInTorch) {
   for (const Hyper& hyper : {Hyper(AdamHyper{}), Hyper(AdamHyper{.amsgrad = true}),
-                             Hyper(RmspropHyper{}), Hyper(RmspropHyper{.momentum = 0.9})}) {
+                             Hyper(RmspropHyper{}), Hyper(RmspropHyper{.momentum = 0.9}),
+                             Hyper(RmspropHyper{.alpha = 0.5}),
+                             Hyper(AdamHyper{.betas = {0.9, 0.25}})}) {
     Tensor a(1);
     a.value.set(5, HUGE_VAL);
     a.grad.set(3, 1e30);
@@ -865,6 +867,9 @@ TEST(Schedule, AnyFunctionAndAnyStep) {
   EXPECT_EQ(group.lr(), 1.0);
   schedule.set_step(0);
   EXPECT_EQ(group.lr(), 3.0);
+  Optimizer moved = std::move(optimizer);  // handles and schedules stay valid
+  schedule.set_step(2);
+  EXPECT_EQ(moved.group("g").lr(), 1.0);
 }
 
 TEST(Schedule, GroupsKeepTheirBases) {

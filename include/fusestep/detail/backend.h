@@ -58,7 +58,7 @@ class Backend {
 
   /// These wait for the device.
   virtual StepState read_state(int index) = 0;
-  virtual void write_state(int index, StepState state) = 0;
+  virtual void write_state(int index, StepState state, void* stream) = 0;
   virtual Control read_control() = 0;
   /// One float32 or float64 on this device.
   virtual double read_scalar(const void* source, bool is_double, void* stream) = 0;

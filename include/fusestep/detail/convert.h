@@ -8,7 +8,6 @@
 // all 2^32 inputs.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "fusestep/detail/host_device.h"

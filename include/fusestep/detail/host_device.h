@@ -67,14 +67,15 @@ FUSESTEP_HD Real lerp(Real a, Real b, Real w) {
   return w < Real(0.5) ? fma(w, distance, a) : fma(w - Real(1), distance, b);
 }
 
-/// lerp(v, g^2, w), the square not rounded in between. A second moment that has overflowed stays
-/// infinite, as in torch, where the plain formula would turn it into infinity - infinity.
+/// lerp(v, g^2, w), the square not rounded in between. Where the square or the second moment has
+/// overflowed it is infinite, as in torch; the plain formula would give infinity - infinity.
 template <class Real>
 FUSESTEP_HD Real lerp_square(Real v, Real g, Real w) {
   const Real distance = fma(g, g, -v);
   const Real square = g * g;
   const Real next = w < Real(0.5) ? fma(w, distance, v) : fma(w - Real(1), distance, square);
-  return v < Real(__builtin_huge_val()) ? next : v + square;
+  constexpr Real infinity = Real(__builtin_huge_val());
+  return v < infinity && square < infinity ? next : v + square;
 }
 
 /// The larger one, NaN if either is (std::max would drop it).

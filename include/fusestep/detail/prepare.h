@@ -31,7 +31,8 @@ struct StepRequest {
   StepScalar skip{0.0};                         // not 0 (NaN included): the step changes nothing
   double max_grad_norm = __builtin_huge_val();  // clipping, off at infinity
   std::int32_t skip_nonfinite = 0;
-  std::int32_t norm_parts = 0;  // how many NormSums there are to add: 0 without a norm
+  std::int32_t counts_skips = 1;  // of devices that skip together, one counts
+  std::int32_t norm_parts = 0;    // how many NormSums there are to add: 0 without a norm
 };
 
 /// What prepare() and apply() do in this step.
@@ -62,11 +63,12 @@ FUSESTEP_HD StepDecision decide(const StepRequest& request, const NormSum* parts
   return {multiplier, skip, norm, total.nonfinite};
 }
 
-FUSESTEP_HD void record(const StepDecision& decision, Control& control) {
+FUSESTEP_HD void record(const StepRequest& request, const StepDecision& decision,
+                        Control& control) {
   control.skip = decision.skip ? 1 : 0;
   control.grad_norm = decision.grad_norm;
   control.nonfinite = decision.nonfinite;
-  control.skipped_steps += decision.skip ? 1 : 0;
+  control.skipped_steps += decision.skip && request.counts_skips != 0 ? 1 : 0;
 }
 
 template <class R>

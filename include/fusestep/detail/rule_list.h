@@ -4,6 +4,8 @@
 // Every rule variant the library is compiled for. A new optimizer adds its line here.
 #pragma once
 
+#include <span>
+
 #include "fusestep/detail/type_list.h"
 #include "fusestep/rules/adam.h"
 #include "fusestep/rules/rmsprop.h"
@@ -19,13 +21,8 @@ using Rules = TypeList<       //
 
 inline constexpr int kRules = Rules::size;
 
-/// Slot names of a variant, as data.
-struct SlotNames {
-  const std::string_view* data;
-  int size;
-  const std::string_view* begin() const { return data; }
-  const std::string_view* end() const { return data + size; }
-};
+/// Slot names of a variant, in its order.
+using SlotNames = std::span<const std::string_view>;
 
 struct RuleInfo {
   std::string_view name;
@@ -36,7 +33,7 @@ inline RuleInfo rule_info(int rule) {
   RuleInfo info{};
   Rules::for_each([&]<int kIndex, class R>() {
     static_assert(Rule<R>, "a type in the list of rules does not offer what rules/rule.h asks for");
-    if (kIndex == rule) info = {R::kName, {R::kSlotNames, R::kSlots}};
+    if (kIndex == rule) info = {R::kName, SlotNames(R::kSlotNames).first(R::kSlots)};
   });
   return info;
 }

@@ -1,0 +1,258 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every call of the runtime that a whole life of an optimizer makes fails once. Whatever fails:
+// the caller learns what and where, nothing leaks, and parameters and state are as before, or the
+// optimizer refuses to go on.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <optional>
+
+#include "cuda_sim.h"
+#include "twins.h"
+
+namespace fusestep::test {
+namespace {
+
+/// Something done to the optimizer on the devices or to the one on the CPU.
+struct Action {
+  const char* name;
+  std::function<void(Optimizer&)> run;
+};
+
+/// Parameters on two devices, two streams of the first one, and what happens to them.
+class Life {
+ public:
+  Life() {
+    const std::vector<TensorSpec> tensors = {{700}, {3, 1, 2}};
+    const int first = twins->prepare({{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[0], tensors},
+                                      {"b", SgdHyper{.momentum = 0.9}, kLayoutCases[2], tensors}},
+                                     0);
+    const int second = twins->prepare({{"c", AdamHyper{.lr = 1e-2}, kLayoutCases[0], tensors}}, 1);
+    const int late = twins->prepare({{"d", RmspropHyper{}, kLayoutCases[1], {{70}, {9}, {5}}}}, 0);
+    const int one_later = twins->prepare({{"e", AdamHyper{}, kLayoutCases[4], {{70}}}}, 1);
+    for (cudaStream_t& stream : streams_) {
+      check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    }
+    for (int device = 0; device < cuda_sim::kDevices; ++device) {
+      const CurrentDevice current(device);
+      check(cudaDeviceSynchronize());
+    }
+    const auto join = [this](int batch) {
+      return [this, batch](Optimizer& o) { twins->join(o, batch); };
+    };
+    const auto step = [this](int stream, StepOptions options = {}) {
+      return [this, stream, options](Optimizer& o) { this->step(o, stream, options); };
+    };
+    actions = {
+        {"add groups", join(first)},
+        {"first step", step(0)},
+        {"add a group on another device", join(second)},
+        {"step on both", step(1)},
+        {"set lr", [](Optimizer& o) { o.group("a").set_lr(3e-3); }},
+        {"step on another stream", step(0)},
+        {"add a late group", join(late)},
+        {"step that measures", step(1, {.measure_grad_norm = true})},
+        {"freeze", [](Optimizer& o) { o.freeze("a.0"); }},
+        {"step with fewer", step(0, {.max_grad_norm = 1e9})},
+        {"thaw", [](Optimizer& o) { o.thaw("a.0"); }},
+        {"add one later", join(one_later)},
+        {"step with all", step(-1, {.max_grad_norm = 1e9, .skip_nonfinite = true})},
+        {"norm", [](Optimizer& o) { o.grad_norm(); }},
+        {"last norm", [](Optimizer& o) { o.last_grad_norm(); }},
+        {"set a step count", [](Optimizer& o) { o.state("c.1").set_step(7); }},
+        {"read a step count", [](Optimizer& o) { o.state("c.0").step(); }},
+        {"move gradients", [this](Optimizer& o) { twins->use_grads(o, 1); }},
+        {"step with moved gradients", step(1)},
+        {"steady step", step(1)},
+        {"skipped", [](Optimizer& o) { o.skipped_steps(); }},
+    };
+  }
+  ~Life() {
+    twins.reset();
+    for (cudaStream_t stream : streams_) static_cast<void>(cudaStreamDestroy(stream));
+  }
+  Life(const Life&) = delete;
+  Life& operator=(const Life&) = delete;
+
+  std::unique_ptr<Twins> twins = std::make_unique<Twins>();
+  std::vector<Action> actions;
+
+ private:
+  void step(Optimizer& o, int stream, const StepOptions& wanted) {
+    StepOptions options = wanted;
+    std::vector<Stream> streams;
+    if (&o == &twins->cuda && stream >= 0) {
+      streams.emplace_back(Device::cuda(), static_cast<void*>(streams_[stream]));
+    }
+    options.streams = streams;
+    o.step(options);
+  }
+
+  cudaStream_t streams_[2] = {};
+};
+
+class Faults : public testing::Test {
+ protected:
+  /// A life in which `inject` was called first. False where the fault was not met any more.
+  bool live_with(const std::function<void()>& inject, cudaError_t code, bool sticky) {
+    Life life;
+    const cuda_sim::Live before = cuda_sim::live();
+    inject();
+    bool refused = false;
+    for (const Action& action : life.actions) {
+      if (!act(life, action, code, sticky, refused)) break;
+    }
+    const bool hit_before_end = !cuda_sim::faulted_call().empty();
+    life.twins->cuda = Optimizer();  // waits for its work and frees everything
+    const bool hit = !cuda_sim::faulted_call().empty();
+    cuda_sim::clear_faults();
+    if (sticky) return hit;
+    EXPECT_EQ(cuda_sim::live().allocations, before.allocations) << "leak, " << where();
+    EXPECT_EQ(cuda_sim::live().pinned, before.pinned) << "leak, " << where();
+    EXPECT_EQ(cuda_sim::live().events, before.events) << "leak, " << where();
+    int device = -1;
+    check(cudaGetDevice(&device));
+    if (cuda_sim::faulted_call() != "cudaSetDevice") {
+      EXPECT_EQ(0, device) << "another device is current, " << where();
+    }
+    static_cast<void>(cudaSetDevice(0));
+    if (hit && !hit_before_end && !refused)
+      life.twins->expect_equal_values("destroyed, " + where());
+    return hit;
+  }
+
+  static std::string where() { return "fault in " + cuda_sim::faulted_call() + context_; }
+
+  /// False: the optimizer refuses to go on.
+  bool act(Life& life, const Action& action, cudaError_t code, bool sticky, bool& refused) {
+    Twins& twins = *life.twins;
+    const auto text = [&] { return std::string(action.name) + ", " + where(); };
+    std::optional<std::string> out_of_memory, device_error;
+    try {
+      action.run(twins.cuda);
+    } catch (const OutOfMemory& error) {
+      out_of_memory = error.what();
+    } catch (const DeviceError& error) {
+      device_error = error.what();
+    } catch (const InvalidArgument& error) {
+      // Without an answer there are no devices, and nothing has happened.
+      EXPECT_EQ("cudaGetDeviceCount", cuda_sim::faulted_call()) << text() << error.what();
+      if (sticky) return false;
+      action.run(twins.cuda);
+      action.run(twins.cpu);
+      return !testing::Test::HasFailure();
+    } catch (const std::exception& error) {
+      ADD_FAILURE() << text() << ": an exception of another kind: " << error.what();
+      return false;
+    }
+    if (!out_of_memory && !device_error) {
+      action.run(twins.cpu);
+      return true;
+    }
+    const std::string what = out_of_memory.value_or("") + device_error.value_or("");
+    EXPECT_TRUE(what.find("cuda:") != std::string::npos) << text() << ": " << what;
+    EXPECT_TRUE(what.find(cudaGetErrorName(code)) != std::string::npos) << text() << ": " << what;
+    EXPECT_TRUE(!cuda_sim::faulted_call().empty() || sticky) << text() << ": " << what;
+    if (sticky) {
+      EXPECT_TRUE(device_error.has_value()) << text();
+      if (!twins.cuda.groups().empty()) {
+        EXPECT_THROW(twins.cuda.step(), DeviceError) << text();
+      }
+      refused = true;
+      return false;
+    }
+    if (device_error) {
+      try {
+        twins.cuda.step();
+        twins.cpu.step();  // it goes on: then it must be right
+      } catch (const DeviceError&) {
+        refused = true;
+        return false;
+      }
+    }
+    twins.expect_equal_memory("as before: " + text());
+    twins.expect_equal_steps("as before: " + text());
+    if (testing::Test::HasFailure()) return false;
+    action.run(twins.cuda);
+    action.run(twins.cpu);
+    twins.expect_equal("again: " + text());
+    return !testing::Test::HasFailure();
+  }
+
+  void walk(cudaError_t code, bool sticky) {
+    for (std::int64_t call = 0;; ++call) {
+      cuda_sim::reset(static_cast<std::uint64_t>(call), static_cast<cuda_sim::Policy>(call % 3));
+      context_ = ", call " + std::to_string(call);
+      const bool met = live_with([&] { cuda_sim::inject({call, code, sticky}); }, code, sticky);
+      if (HasFailure()) return;
+      for (const std::string& violation : cuda_sim::take_violations()) {
+        ADD_FAILURE() << violation << ": " << where();
+      }
+      if (HasFailure()) return;
+      if (met) continue;
+      EXPECT_GT(call, 200);
+      return;
+    }
+  }
+
+  static inline std::string context_;
+};
+
+TEST_F(Faults, OutOfMemoryInAnyCall) { walk(cudaErrorMemoryAllocation, false); }
+TEST_F(Faults, ErrorOfAnyCall) { walk(cudaErrorUnknown, false); }
+TEST_F(Faults, DeviceLostInAnyCall) { walk(cudaErrorLaunchFailure, true); }
+
+TEST_F(Faults, KernelThatFailsWhileItRuns) {
+  for (std::int64_t launch = 0; launch < 40; ++launch) {
+    cuda_sim::reset(static_cast<std::uint64_t>(launch), cuda_sim::Policy::kEager);
+    context_ = ", launch " + std::to_string(launch);
+    live_with([&] { cuda_sim::fail_running_kernel(launch); }, cudaErrorLaunchFailure, true);
+    if (HasFailure()) return;
+  }
+}
+
+/// What a failed step has left on its stream must not come after the next step on another one.
+TEST_F(Faults, AFailedStepIsOverBeforeTheNext) {
+  for (std::int64_t call = 0;; ++call) {
+    cuda_sim::reset(static_cast<std::uint64_t>(call), cuda_sim::Policy::kLate);
+    const std::vector<TensorSpec> tensors = {{700}, {3}};
+    Twins twins({{"a", AdamHyper{}, kLayoutCases[0], tensors},
+                 {"b", SgdHyper{}, kLayoutCases[0], tensors}});
+    cudaDeviceSynchronize();
+    cudaStream_t handles[2] = {};
+    for (cudaStream_t& handle : handles) cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking);
+    const Stream here{Device::cuda(), static_cast<void*>(handles[0])};
+    const Stream there{Device::cuda(), static_cast<void*>(handles[1])};
+    twins.cpu.step();
+    twins.cuda.step({.streams = {&here, 1}});
+    twins.cuda.group("a").set_lr(0.5);
+    twins.cuda.freeze("a.0");
+    cuda_sim::inject({call, cudaErrorMemoryAllocation});
+    bool failed = false;
+    try {
+      twins.cuda.step({.streams = {&there, 1}});
+    } catch (const OutOfMemory&) {
+      failed = true;
+    } catch (const DeviceError&) {
+    }
+    const bool met = !cuda_sim::faulted_call().empty();
+    cuda_sim::clear_faults();
+    if (failed) {
+      twins.cuda.group("a").set_lr(1e-3);
+      twins.cuda.thaw("a.0");
+      for (int i = 0; i < 2; ++i) {
+        twins.cpu.step();
+        twins.cuda.step({.streams = {&here, 1}});
+        cudaStreamSynchronize(handles[0]);
+        cudaDeviceSynchronize();
+      }
+      twins.expect_equal("call " + std::to_string(call));
+    }
+    if (HasFailure() || !met) return;
+  }
+}
+
+}  // namespace
+}  // namespace fusestep::test
