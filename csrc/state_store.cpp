@@ -8,11 +8,21 @@ namespace fusestep::detail {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kPage = 4096;
+/// Arrays that one loop walks through must not start at the same place of a page: their elements
+/// would fall into the same sets of the first-level cache. See "Slots" in docs/performance.md.
+constexpr std::size_t kSkew = 17 * kAlignment;
+/// Smaller ones stay in the cache together, and would waste memory.
+constexpr std::size_t kSkewedFrom = std::size_t{256} << 10;
+
+constexpr std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 std::size_t padded_bytes(const StateStore::Wanted& wanted) {
   const std::size_t bytes =
       static_cast<std::size_t>(wanted.parameter->size) * size_of(wanted.slot.dtype);
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return bytes < kSkewedFrom ? round_up(bytes, kAlignment) : round_up(bytes, kPage) + kSkew;
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ inline std::vector<std::int64_t> tensor_sizes(const std::string& model,
   std::ifstream file(models_file);
   if (!file) throw std::runtime_error("cannot read " + models_file);
   std::vector<std::int64_t> sizes;
-  for (const auto& parameter : nlohmann::json::parse(file).at(model)) {
+  const nlohmann::json all_models = nlohmann::json::parse(file);
+  for (const auto& parameter : all_models.at(model)) {
     std::int64_t size = 1;
     for (const auto& extent : parameter.at(1)) size *= extent.get<std::int64_t>();
     sizes.push_back(size);

@@ -2,6 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A step on the CPU: decide, prepare, then the chunks of every bucket on all threads.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -18,7 +22,12 @@
 namespace fusestep::detail {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+/// Of state: large arenas are on huge pages where the system has them on demand.
+std::align_val_t alignment_of(std::size_t bytes) {
+  return std::align_val_t{bytes < 4 * kHugePage ? std::size_t{64} : kHugePage};
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -26,15 +35,18 @@ class CpuBackend final : public Backend {
   int vector_width(int) const override { return 1; }
 
   void* allocate(std::size_t bytes, void*) override {
-    void* data = ::operator new(bytes, kAlignment, std::nothrow);
+    void* data = ::operator new(bytes, alignment_of(bytes), std::nothrow);
     if (data == nullptr) {
       throw OutOfMemory("no memory for " + std::to_string(bytes) + " bytes of state on cpu");
     }
+#if defined(__linux__)
+    if (bytes >= 4 * kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a refusal changes nothing
+#endif
     std::memset(data, 0, bytes);
     return data;
   }
-  void deallocate(void* data, std::size_t, void*) noexcept override {
-    ::operator delete(data, kAlignment);
+  void deallocate(void* data, std::size_t bytes, void*) noexcept override {
+    ::operator delete(data, alignment_of(bytes));
   }
 
   void stage(const Tables& tables, void*) override {
@@ -148,8 +160,8 @@ class CpuBackend final : public Backend {
           row.wide == previous->wide && before == previous_before) {
         scalars_[i] = scalars_[i - 1];
       } else {
-        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier, before,
-                               scalars_[i]);
+        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier,
+                               before, scalars_[i]);
       }
       write_state_after(row, after, states_.data());
       previous = &row;

@@ -4,6 +4,8 @@
 #
 # run.sh TREE WORK static|shared [cmake options]: builds the program beside this file with the
 # library as a subproject, installs that library, and builds the program again from the package.
+# run.sh BUILD WORK built [cmake options]: installs what BUILD has, with the CUDA backend if it is
+# there, and builds the program from that package.
 set -euo pipefail
 tree=$1 work=$2 kind=$3
 shift 3
@@ -14,6 +16,7 @@ mkdir -p "$work"
 case $kind in
   static) subproject=add_subdirectory shared=OFF library='libfusestep.a' ;;
   shared) subproject=FetchContent shared=ON library='libfusestep.so' ;;
+  built) ;;
   *) echo "unknown kind: $kind"; exit 2 ;;
 esac
 
@@ -26,6 +29,12 @@ build() {
     { cat "$work/log"; exit 1; }
   "$directory/user"
 }
+
+if [[ $kind == built ]]; then
+  cmake --install "$tree" --prefix "$work/prefix" > "$work/log"
+  build package "${@}" -DFUSESTEP_FROM=find_package -DCMAKE_PREFIX_PATH="$work/prefix"
+  exit
+fi
 
 echo "--- $subproject, $kind"
 build subproject "${@}" -DFUSESTEP_FROM=$subproject -DFUSESTEP_TREE="$tree" -DFUSESTEP_CUDA=OFF \

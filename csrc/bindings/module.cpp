@@ -1,0 +1,284 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// fusestep._core: conversion and forwarding, no logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "fusestep/fusestep.h"
+#include "torch_stepper.h"
+
+namespace py = pybind11;
+
+namespace fusestep::bindings {
+namespace {
+
+DType dtype_named(const std::string& name) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw InvalidArgument("dtype must be float32, float64, bfloat16 or float16, got " + name);
+}
+
+/// (address, dtype name, shape, CUDA device index or None) as arrays.py makes it; None is absent.
+TensorView view_of(const py::object& memory) {
+  if (memory.is_none()) return {};
+  const auto parts = memory.cast<py::tuple>();
+  return {reinterpret_cast<void*>(parts[0].cast<std::uintptr_t>()),
+          dtype_named(parts[1].cast<std::string>()), parts[2].cast<std::vector<std::int64_t>>(),
+          parts[3].is_none() ? Device::cpu() : Device::cuda(parts[3].cast<int>()), true};
+}
+
+py::tuple memory_of(const TensorView& view) {
+  const py::object device =
+      view.device.is_cuda() ? py::object(py::int_(view.device.index)) : py::none();
+  return py::make_tuple(reinterpret_cast<std::uintptr_t>(view.data),
+                        std::string(name_of(view.dtype)), py::tuple(py::cast(view.shape)), device);
+}
+
+template <class T>
+void take(const py::dict& given, const char* name, T& field) {
+  if (given.contains(name)) field = given[name].cast<T>();
+}
+
+/// Refuses a setting the rule does not have: a misspelt one would silently do nothing.
+void refuse_unknown(const std::string& rule, const py::dict& given, const py::dict& known) {
+  for (const auto& [key, value] : given) {
+    if (known.contains(key)) continue;
+    throw InvalidArgument(rule + " has no hyperparameter '" + std::string(py::str(key)) + "'");
+  }
+}
+
+py::dict dict_of(const Hyper& hyper);
+
+Hyper hyper_of(const std::string& rule, const py::dict& given) {
+  const auto betas = [&](double(&field)[2]) {
+    if (!given.contains("betas")) return;
+    const auto pair = given["betas"].cast<std::pair<double, double>>();
+    field[0] = pair.first;
+    field[1] = pair.second;
+  };
+  if (rule == "Adam" || rule == "AdamW") {
+    AdamHyper h = rule == "AdamW" ? AdamHyper(AdamWHyper{}) : AdamHyper{};
+    refuse_unknown(rule, given, dict_of(h));
+    take(given, "lr", h.lr);
+    betas(h.betas);
+    take(given, "eps", h.eps);
+    take(given, "weight_decay", h.weight_decay);
+    take(given, "amsgrad", h.amsgrad);
+    take(given, "maximize", h.maximize);
+    take(given, "decoupled_weight_decay", h.decoupled_weight_decay);
+    return h;
+  }
+  if (rule == "SGD") {
+    SgdHyper h;
+    refuse_unknown(rule, given, dict_of(h));
+    take(given, "lr", h.lr);
+    take(given, "momentum", h.momentum);
+    take(given, "dampening", h.dampening);
+    take(given, "weight_decay", h.weight_decay);
+    take(given, "nesterov", h.nesterov);
+    take(given, "maximize", h.maximize);
+    return h;
+  }
+  if (rule == "RMSprop") {
+    RmspropHyper h;
+    refuse_unknown(rule, given, dict_of(h));
+    take(given, "lr", h.lr);
+    take(given, "alpha", h.alpha);
+    take(given, "eps", h.eps);
+    take(given, "weight_decay", h.weight_decay);
+    take(given, "momentum", h.momentum);
+    take(given, "centered", h.centered);
+    take(given, "maximize", h.maximize);
+    return h;
+  }
+  throw InvalidArgument("rule must be Adam, AdamW, SGD or RMSprop, got " + rule);
+}
+
+py::dict dict_of(const Hyper& hyper) {
+  py::dict d;
+  if (const auto* h = std::get_if<AdamHyper>(&hyper)) {
+    d["lr"] = h->lr;
+    d["betas"] = py::make_tuple(h->betas[0], h->betas[1]);
+    d["eps"] = h->eps;
+    d["weight_decay"] = h->weight_decay;
+    d["amsgrad"] = h->amsgrad;
+    d["maximize"] = h->maximize;
+    d["decoupled_weight_decay"] = h->decoupled_weight_decay;
+  } else if (const auto* h = std::get_if<SgdHyper>(&hyper)) {
+    d["lr"] = h->lr;
+    d["momentum"] = h->momentum;
+    d["dampening"] = h->dampening;
+    d["weight_decay"] = h->weight_decay;
+    d["nesterov"] = h->nesterov;
+    d["maximize"] = h->maximize;
+  } else if (const auto* h = std::get_if<RmspropHyper>(&hyper)) {
+    d["lr"] = h->lr;
+    d["alpha"] = h->alpha;
+    d["eps"] = h->eps;
+    d["weight_decay"] = h->weight_decay;
+    d["momentum"] = h->momentum;
+    d["centered"] = h->centered;
+    d["maximize"] = h->maximize;
+  }
+  return d;
+}
+
+using Named = std::pair<std::string, py::object>;
+
+void bind_array_optimizer(py::module_& m) {
+  py::class_<Optimizer>(m, "ArrayOptimizer")
+      .def(py::init<>())
+      .def(
+          "add_group",
+          [](Optimizer& self, const std::string& name, const std::string& rule,
+             const py::dict& hyper, const std::vector<Named>& parameters) {
+            std::vector<Parameter> members;
+            for (const auto& [parameter, memory] : parameters) {
+              members.push_back({parameter, view_of(memory), {}});
+            }
+            self.add_group(name, hyper_of(rule, hyper), std::move(members));
+          },
+          py::arg("name"), py::arg("rule"), py::arg("hyper"), py::arg("parameters"))
+      .def(
+          "set_hyper",
+          [](Optimizer& self, const std::string& group, const std::string& rule,
+             const py::dict& changed) {
+            py::dict all = dict_of(self.group(group).hyper());
+            for (const auto& [key, value] : changed) all[key] = value;
+            self.group(group).set_hyper(hyper_of(rule, all));
+          },
+          py::arg("group"), py::arg("rule"), py::arg("changed"))
+      .def(
+          "hyper",
+          [](Optimizer& self, const std::string& group) {
+            return dict_of(self.group(group).hyper());
+          },
+          py::arg("group"))
+      .def(
+          "set_grad",
+          [](Optimizer& self, const std::string& name, const py::object& grad) {
+            self.parameter(name).set_grad(view_of(grad));
+          },
+          py::arg("name"), py::arg("grad"))
+      .def("freeze", &Optimizer::freeze, py::arg("name"))
+      .def("thaw", &Optimizer::thaw, py::arg("name"))
+      .def(
+          "step",
+          [](Optimizer& self, bool skip, double grad_multiplier, double max_grad_norm,
+             bool skip_nonfinite, const std::vector<std::pair<int, std::uintptr_t>>& given) {
+            std::vector<Stream> streams;
+            for (const auto& [device, handle] : given) {
+              streams.emplace_back(Device::cuda(device), reinterpret_cast<void*>(handle));
+            }
+            StepOptions options;
+            options.skip = skip;
+            options.grad_multiplier = grad_multiplier;
+            options.max_grad_norm = max_grad_norm;
+            options.skip_nonfinite = skip_nonfinite;
+            options.streams = streams;
+            const py::gil_scoped_release release;
+            self.step(options);
+          },
+          py::arg("skip"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
+          py::arg("skip_nonfinite"), py::arg("streams"))
+      .def("last_grad_norm", [](Optimizer& self) { return self.last_grad_norm().norm; })
+      .def("skipped_steps", &Optimizer::skipped_steps)
+      .def("memory_report", &Optimizer::memory_report)
+      .def(
+          "step_count",
+          [](Optimizer& self, const std::string& name) { return self.state(name).step(); },
+          py::arg("name"))
+      .def(
+          "slot_names",
+          [](Optimizer& self, const std::string& name) { return self.state(name).slot_names(); },
+          py::arg("name"))
+      .def(
+          "slot",
+          [](Optimizer& self, const std::string& name, const std::string& slot) {
+            return memory_of(self.state(name).slot(slot));
+          },
+          py::arg("name"), py::arg("slot"));
+}
+
+}  // namespace
+}  // namespace fusestep::bindings
+
+PYBIND11_MODULE(_core, m) {
+  using namespace fusestep;
+  using namespace fusestep::bindings;
+  m.doc() = "C++ side of fusestep";
+
+  // Bases by multiple inheritance, so that `except ValueError` works as people expect.
+  const auto exception = [](const char* name, const char* doc, const py::object& bases) {
+    return py::reinterpret_steal<py::object>(
+        PyErr_NewExceptionWithDoc(name, doc, bases.ptr(), nullptr));
+  };
+  const py::object error = exception("fusestep.Error", "What fusestep raises.",
+                                     py::reinterpret_borrow<py::object>(PyExc_RuntimeError));
+  const auto both = [&](PyObject* builtin) { return py::make_tuple(error, py::handle(builtin)); };
+  m.attr("Error") = error;
+  m.attr("InvalidArgument") =
+      exception("fusestep.InvalidArgument", "A wrong call; nothing has changed. A ValueError too.",
+                both(PyExc_ValueError));
+  m.attr("OutOfMemory") =
+      exception("fusestep.OutOfMemory",
+                "State could not be allocated; nothing has changed. A MemoryError too.",
+                both(PyExc_MemoryError));
+  m.attr("DeviceError") =
+      exception("fusestep.DeviceError",
+                "A device has failed; the optimizer that used it refuses further steps.", error);
+  static PyObject* const invalid = py::object(m.attr("InvalidArgument")).release().ptr();
+  static PyObject* const memory = py::object(m.attr("OutOfMemory")).release().ptr();
+  static PyObject* const device = py::object(m.attr("DeviceError")).release().ptr();
+  static PyObject* const other = py::object(error).release().ptr();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const InvalidArgument& e) {
+      PyErr_SetString(invalid, e.what());
+    } catch (const OutOfMemory& e) {
+      PyErr_SetString(memory, e.what());
+    } catch (const DeviceError& e) {
+      PyErr_SetString(device, e.what());
+    } catch (const Error& e) {
+      PyErr_SetString(other, e.what());
+    }
+  });
+
+  bind_array_optimizer(m);
+  py::class_<TorchStepper>(m, "TorchStepper")
+      .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
+      .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"))
+      .def("add", &TorchStepper::add, py::arg("group"), py::arg("value"), py::arg("grad"),
+           py::arg("state"), py::arg("fresh"))
+      .def("step", &TorchStepper::step, py::arg("found_inf"))
+      .def_property_readonly("written", &TorchStepper::written)
+      .def_property_readonly("stepped", &TorchStepper::stepped)
+      .def_property_readonly("steps", &TorchStepper::steps);
+
+  m.def("set_num_threads", &set_num_threads, py::arg("threads"),
+        "Threads of the CPU backend, for all optimizers. Results do not depend on it.");
+  m.def("num_threads", &num_threads, "Threads of the CPU backend.");
+  m.def(
+      "instruction_set", [] { return std::string(instruction_set()); },
+      "The instruction set of the CPU backend; FUSESTEP_ISA in the environment forces one.");
+  m.def(
+      "available_instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const std::string_view name : available_instruction_sets()) names.emplace_back(name);
+        return names;
+      },
+      "The instruction sets this processor and build have.");
+  m.def("cuda_device_count", &cuda_device_count, "CUDA devices that can be used.");
+  m.def("cuda_status", &cuda_status, "Whether CUDA is used, and if not, why.");
+  m.attr("__version__") = FUSESTEP_VERSION;
+  m.attr("compiler") = FUSESTEP_COMPILER;
+#if defined(FUSESTEP_WITH_CUDA)
+  m.attr("built_with_cuda") = true;
+#else
+  m.attr("built_with_cuda") = false;
+#endif
+}

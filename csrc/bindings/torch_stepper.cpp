@@ -1,0 +1,296 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "torch_stepper.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "fusestep/detail/layout.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace py = pybind11;
+
+namespace fusestep::bindings {
+namespace {
+
+/// Names that are looked up for every group and parameter, made once and kept for ever.
+struct Keys {
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* params = PyUnicode_InternFromString("params");
+  PyObject* step = PyUnicode_InternFromString("step");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* is_conj = PyUnicode_InternFromString("is_conj");
+  PyObject* differentiable = PyUnicode_InternFromString("differentiable");
+  PyObject* lr = PyUnicode_InternFromString("lr");
+  PyObject* betas = PyUnicode_InternFromString("betas");
+  PyObject* eps = PyUnicode_InternFromString("eps");
+  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
+  PyObject* amsgrad = PyUnicode_InternFromString("amsgrad");
+  PyObject* maximize = PyUnicode_InternFromString("maximize");
+  PyObject* decoupled_weight_decay = PyUnicode_InternFromString("decoupled_weight_decay");
+  PyObject* momentum = PyUnicode_InternFromString("momentum");
+  PyObject* dampening = PyUnicode_InternFromString("dampening");
+  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
+  PyObject* alpha = PyUnicode_InternFromString("alpha");
+  PyObject* centered = PyUnicode_InternFromString("centered");
+};
+
+const Keys& keys() {
+  static const Keys keys;
+  return keys;
+}
+
+PyObject* slot_key(std::string_view name) {
+  static const std::vector<std::pair<std::string_view, PyObject*>> table = [] {
+    std::vector<std::pair<std::string_view, PyObject*>> made;
+    for (int rule = 0; rule < detail::kRules; ++rule) {
+      for (const std::string_view slot : detail::rule_info(rule).slots) {
+        made.emplace_back(slot, PyUnicode_InternFromString(std::string(slot).c_str()));
+      }
+    }
+    return made;
+  }();
+  const auto named = [&](const auto& entry) { return entry.first == name; };
+  return std::find_if(table.begin(), table.end(), named)->second;
+}
+
+bool is_none_or_missing(PyObject* object) { return object == nullptr || object == Py_None; }
+
+bool says_yes(PyObject* tensor, PyObject* question) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, question));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+PyObject* item(PyObject* group, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(group, key);
+  if (value != nullptr) return value;
+  if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
+  throw py::error_already_set();
+}
+
+/// torch.Tensor hashes by identity; asking its Python method for that would cost more than all else
+/// that is done here for a parameter.
+PyObject* state_of(PyObject* states, PyObject* parameter) {
+  const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(parameter));
+  PyObject* const state = _PyDict_GetItem_KnownHash(states, parameter, hash);
+  if (state == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return state != nullptr && PyDict_Check(state) ? state : nullptr;
+}
+
+}  // namespace
+
+TorchStepper::TorchStepper(std::string rule, const py::object& tensor_type)
+    : rule_(std::move(rule)), reader_(tensor_type) {}
+
+/// A Python number or a tensor of one element.
+double TorchStepper::number(PyObject* value) const {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double read = PyFloat_AsDouble(value);
+  if (read == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return read;
+}
+
+detail::BorrowedGroup TorchStepper::read_group(PyObject* group) const {
+  const Keys& k = keys();
+  const auto get = [&](PyObject* key) { return number(item(group, key)); };
+  const auto flag = [&](PyObject* key) {
+    const int truth = PyObject_IsTrue(item(group, key));
+    if (truth < 0) throw py::error_already_set();
+    return truth == 1;
+  };
+  detail::BorrowedGroup read;
+  double lr = 0;
+  PyObject* const given_lr = item(group, k.lr);
+  const bool lr_is_number = PyFloat_Check(given_lr) || PyLong_Check(given_lr);
+  const auto lr_tensor = lr_is_number ? std::nullopt : reader_.read(given_lr);
+  if (lr_tensor && lr_tensor->device.is_cuda() && lr_tensor->elements == 1 &&
+      size_of(lr_tensor->dtype) >= 4) {
+    read.lr_source = {lr_tensor->data, lr_tensor->dtype, {}, lr_tensor->device, true};
+  } else {
+    lr = number(given_lr);
+  }
+  if (rule_ == "Adam") {
+    const auto betas = py::reinterpret_steal<py::object>(
+        PySequence_Fast(item(group, k.betas), "betas must be a sequence of two numbers"));
+    if (!betas) throw py::error_already_set();
+    if (PySequence_Fast_GET_SIZE(betas.ptr()) != 2) throw py::value_error("betas must be two");
+    read.hyper = AdamHyper{lr,
+                           {number(PySequence_Fast_GET_ITEM(betas.ptr(), 0)),
+                            number(PySequence_Fast_GET_ITEM(betas.ptr(), 1))},
+                           get(k.eps),
+                           get(k.weight_decay),
+                           flag(k.amsgrad),
+                           flag(k.maximize),
+                           flag(k.decoupled_weight_decay)};
+  } else if (rule_ == "SGD") {
+    read.hyper = SgdHyper{lr,
+                          get(k.momentum),
+                          get(k.dampening),
+                          get(k.weight_decay),
+                          flag(k.nesterov),
+                          flag(k.maximize)};
+  } else {
+    read.hyper = RmspropHyper{lr,
+                              get(k.alpha),
+                              get(k.eps),
+                              get(k.weight_decay),
+                              get(k.momentum),
+                              flag(k.centered),
+                              flag(k.maximize)};
+  }
+  return read;
+}
+
+/// Memory that stands for its negative or conjugate.
+bool TorchStepper::is_lazily_changed(PyObject* tensor, const TensorInfo& info) const {
+  return says_yes(tensor, keys().is_neg) || (info.is_complex && says_yes(tensor, keys().is_conj));
+}
+
+bool TorchStepper::fill(PyObject* value, PyObject* grad, PyObject* state,
+                        detail::BorrowedTensor& tensor) const {
+  const auto value_info = reader_.read(value);
+  if (!value_info) return false;
+  const auto grad_info = reader_.read(grad);
+  if (!grad_info) return false;
+  if (!value_info->dense() || !grad_info->laid_out_as(*value_info) ||
+      grad_info->dtype != value_info->dtype || grad_info->is_complex != value_info->is_complex) {
+    return false;
+  }
+  tensor.value = value_info->data;
+  tensor.grad = grad_info->data;
+  tensor.size = value_info->elements;
+  tensor.dtype = tensor.slot_dtype = value_info->dtype;
+  tensor.device = value_info->device;
+  tensor.steps = true;
+
+  // A value's memory is asked once; gradients are others at every step.
+  const std::size_t index = tensors_.size();
+  const bool known = optimizer_.knows(index, tensor);
+  if (is_lazily_changed(grad, *grad_info)) return false;
+  if (!known && is_lazily_changed(value, *value_info)) return false;
+
+  const Group& kind = kinds_[static_cast<std::size_t>(tensor.group)];
+  const bool counts = rule_ != "SGD";
+  if (kind.slot_keys.empty() && !counts) return true;
+  if (state == nullptr) return false;
+  for (std::size_t i = 0; i < kind.slot_keys.size(); ++i) {
+    PyObject* const slot = PyDict_GetItemWithError(state, kind.slot_keys[i]);
+    if (is_none_or_missing(slot)) return false;
+    const auto slot_info = reader_.read(slot);
+    if (!slot_info || !slot_info->laid_out_as(*value_info)) return false;
+    if (slot_info->is_complex != value_info->is_complex) return false;
+    if (i > 0 && slot_info->dtype != tensor.slot_dtype) return false;
+    tensor.slot_dtype = slot_info->dtype;
+    tensor.slot[i] = slot_info->data;
+  }
+  if (!detail::find_layout({tensor.dtype, tensor.dtype, tensor.slot_dtype})) return false;
+  if (!counts) return true;
+  PyObject* const step = PyDict_GetItemWithError(state, keys().step);
+  if (is_none_or_missing(step)) return false;
+  const auto step_info = reader_.read(step);
+  if (!step_info || step_info->device != tensor.device || step_info->elements != 1 ||
+      size_of(step_info->dtype) < 4) {
+    return false;
+  }
+  tensor.step_tensor = step_info->data;
+  tensor.step_is_double = step_info->dtype == DType::kFloat64;
+  return true;
+}
+
+void TorchStepper::take(PyObject* value, const detail::BorrowedTensor& tensor) {
+  tensors_.push_back(tensor);
+  if (PyList_Append(written_.ptr(), value) != 0) throw py::error_already_set();
+}
+
+py::list TorchStepper::gather(const py::list& groups, const py::dict& state) {
+  groups_.clear();
+  kinds_.clear();
+  tensors_.clear();
+  lr_tensors_.clear();
+  written_ = py::list();
+  py::list unready;
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const py::object group = groups[i];
+    if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
+    groups_.push_back(read_group(group.ptr()));
+    const bool lr_on_device = groups_.back().lr_source.present;
+    lr_tensors_.push_back(lr_on_device
+                              ? py::reinterpret_borrow<py::object>(item(group.ptr(), keys().lr))
+                              : py::object());
+    const detail::SlotNames names =
+        detail::rule_info(detail::find_rule(groups_.back().hyper)).slots;
+    Group kind{PyObject_IsTrue(item(group.ptr(), keys().differentiable)) == 1, {}};
+    for (const std::string_view name : names) kind.slot_keys.push_back(slot_key(name));
+    kinds_.push_back(std::move(kind));
+
+    const auto params = py::reinterpret_steal<py::object>(
+        PySequence_Fast(item(group.ptr(), keys().params), "params must be a list"));
+    if (!params) throw py::error_already_set();
+    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j) {
+      PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
+      const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys().grad));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+      detail::BorrowedTensor tensor;
+      tensor.group = static_cast<std::int32_t>(i);
+      tensor.buffer_filled = true;
+      const bool ready = !kinds_.back().differentiable &&
+                         fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
+      if (ready) {
+        take(value, tensor);
+      } else {
+        unready.append(py::make_tuple(i, py::handle(value)));
+      }
+    }
+  }
+  return unready;
+}
+
+bool TorchStepper::add(int group, const py::object& value, const py::object& grad,
+                       const py::dict& state, bool fresh) {
+  detail::BorrowedTensor tensor;
+  tensor.group = group;
+  tensor.buffer_filled = !fresh;
+  if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
+  take(value.ptr(), tensor);
+  return true;
+}
+
+/// A learning rate on one device for parameters on another is read here.
+void TorchStepper::read_foreign_lr() {
+  for (const detail::BorrowedTensor& tensor : tensors_) {
+    detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
+    if (!group.lr_source.present || group.lr_source.device == tensor.device) continue;
+    const double lr = number(lr_tensors_[static_cast<std::size_t>(tensor.group)].ptr());
+    std::visit([&](auto& hyper) { hyper.lr = lr; }, group.hyper);
+    group.lr_source = {};
+  }
+}
+
+void TorchStepper::step(const py::object& found_inf) {
+  StepOptions options;
+  if (!found_inf.is_none()) {
+    const bool is_number = PyFloat_Check(found_inf.ptr()) || PyLong_Check(found_inf.ptr());
+    const auto info = is_number ? std::nullopt : reader_.read(found_inf.ptr());
+    if (info && info->elements == 1 && size_of(info->dtype) >= 4) {
+      options.skip_source = {info->data, info->dtype, {}, info->device, true};
+    } else {
+      options.skip = number(found_inf.ptr()) != 0;
+    }
+  }
+  read_foreign_lr();
+  std::vector<Stream> streams;
+  for (const detail::BorrowedTensor& tensor : tensors_) {
+    const auto known = [&](const Stream& stream) { return stream.device == tensor.device; };
+    if (!tensor.device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) continue;
+    streams.emplace_back(tensor.device, reader_.current_stream(tensor.device));
+  }
+  options.streams = streams;
+  stepped_ = static_cast<int>(tensors_.size());
+  const py::gil_scoped_release release;
+  optimizer_.step(groups_, tensors_, options);
+}
+
+}  // namespace fusestep::bindings

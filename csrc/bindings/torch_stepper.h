@@ -1,0 +1,67 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// One step of a torch optimizer: reads param_groups and state as they are now, and hands addresses
+// to the engine. What it cannot take on raw memory it returns to Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "borrowed.h"
+#include "tensor_reader.h"
+
+namespace fusestep::bindings {
+
+class TorchStepper {
+ public:
+  /// `rule`: "Adam", "SGD" or "RMSprop".
+  TorchStepper(std::string rule, const pybind11::object& tensor_type);
+
+  /// Reads all groups, and takes every parameter with a gradient whose memory can be stepped as it
+  /// is. Returns (group index, parameter) of the others: state is missing or elsewhere, the memory
+  /// is not dense and of one layout, or the group is differentiable.
+  pybind11::list gather(const pybind11::list& groups, const pybind11::dict& state);
+
+  /// Takes one parameter more; false if it cannot be stepped as it is. `fresh`: its momentum buffer
+  /// holds nothing yet.
+  bool add(int group, const pybind11::object& value, const pybind11::object& grad,
+           const pybind11::dict& state, bool fresh);
+
+  /// Steps what was taken. `found_inf` is None, a number or a tensor: not 0 changes nothing.
+  void step(const pybind11::object& found_inf);
+
+  /// Tensors whose values the step writes: what autograd has to be told of.
+  const pybind11::list& written() const { return written_; }
+
+  /// Parameters that the last step moved, and steps taken: a test's proof of who stepped.
+  int stepped() const { return stepped_; }
+  std::int64_t steps() const { return optimizer_.steps(); }
+
+ private:
+  struct Group {
+    bool differentiable;
+    std::vector<PyObject*> slot_keys;  // of its rule variant
+  };
+
+  detail::BorrowedGroup read_group(PyObject* group) const;
+  double number(PyObject* value) const;
+  bool fill(PyObject* value, PyObject* grad, PyObject* state, detail::BorrowedTensor& tensor) const;
+  bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
+  void take(PyObject* value, const detail::BorrowedTensor& tensor);
+  void read_foreign_lr();
+
+  std::string rule_;
+  TensorReader reader_;
+  detail::BorrowedOptimizer optimizer_;
+  std::vector<Group> kinds_;
+  std::vector<detail::BorrowedGroup> groups_;
+  std::vector<detail::BorrowedTensor> tensors_;
+  std::vector<pybind11::object> lr_tensors_;  // by group, where the lr is read on the device
+  pybind11::list written_;
+  int stepped_ = 0;
+};
+
+}  // namespace fusestep::bindings

@@ -1,0 +1,293 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in classes for torch.optim: Adam, AdamW, SGD, RMSprop.
+
+Each is a subclass of torch's class of the same name and takes its constructor, groups, state, hooks
+and checkpoints from it; only `step` is ours: one call into C++ for all groups. What differs from torch
+is listed in docs/differences.md.
+"""
+
+import functools
+import sys
+import warnings
+
+import torch
+from torch.optim.optimizer import _device_dtype_check_for_fused
+
+from . import _core
+
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+
+
+def _outside_graphs(step):
+    """Leaves `step` out of what torch.compile traces. Nothing does where torch._dynamo is not imported."""
+    disabled = None
+
+    @functools.wraps(step)
+    def outside(self, closure=None):
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return step(self, closure)
+            disabled = torch.compiler.disable(step)
+        return disabled(self, closure)
+
+    return outside
+
+
+class _FusedStep:
+    """`step` by the engine, for the torch class that is the next base."""
+
+    _rule: str
+    _torch_class: type
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf
+
+    @_outside_graphs
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: called first, with gradients enabled; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            _unscale(self.param_groups, grad_scale, found_inf)
+        unready = self._stepper.gather(self.param_groups, self.state)
+        if unready:
+            self._step_with_unready(unready, found_inf)
+        else:
+            self._stepper.step(found_inf)
+            torch.autograd.graph.increment_version(self._stepper.written)
+        return loss
+
+    def _step_with_unready(self, unready, found_inf):
+        """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
+        if found_inf is not None and float(found_inf) != 0:
+            return  # waits for the device, so that a skipped step makes no state
+        left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
+        for index, p in unready:
+            group = self.param_groups[index]
+            state = self.state.get(p, {})
+            why = _why_torch(p, state, group)
+            if why is None:
+                if _complete(state, self._state_names(group), p, group):
+                    fresh.add(p)
+                if state:
+                    self.state[p] = state
+                if self._stepper.add(index, p, p.grad, state, p in fresh):
+                    continue
+                copy = _DenseCopy(p, state)
+                if self._stepper.add(index, copy.value, copy.grad, copy.state, p in fresh):
+                    copies.append(copy)
+                    continue
+                why = "whose gradient or state has another dtype or shape"
+            left_to_torch[index].append((p, why))
+        self._step_by_torch(left_to_torch)  # first: it may refuse
+        self._stepper.step(None)
+        for copy in copies:
+            copy.write_back()
+        torch.autograd.graph.increment_version(self._stepper.written)
+
+    def _step_by_torch(self, left):
+        """torch's own step for (parameter, why) of each group: on a stand-in, without hooks and GradScaler."""
+        if not any(left):
+            return
+        stand_in = object.__new__(type(self))
+        stand_in.__dict__.update(self.__dict__)
+        stand_in.__dict__.pop("grad_scale", None)
+        stand_in.__dict__.pop("found_inf", None)
+        stand_in.param_groups = [
+            {**group, "params": [p for p, _ in members], "foreach": False, "fused": False}
+            for group, members in zip(self.param_groups, left, strict=True)
+        ]
+        _without_hooks(self._torch_class.step)(stand_in)
+        for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
+            _warn_once(type(self).__name__, why)
+
+    def state_dict(self):
+        """torch's state_dict, with `step` of CUDA parameters on the CPU unless `fused` or `capturable`.
+
+        There it lives on the device for us, and torch's other modes refuse it there.
+        """
+        result = super().state_dict()
+        for group in result["param_groups"]:
+            if group.get("fused") or group.get("capturable"):
+                continue
+            for index in group["params"]:
+                own = result["state"].get(index)
+                step = None if own is None else own.get("step")
+                if torch.is_tensor(step) and step.is_cuda:
+                    result["state"][index] = {**own, "step": step.cpu()}
+        return result
+
+    @property
+    def _stepper(self):
+        # Made where it is missing: pickling and copying leave it behind, and with it all addresses.
+        try:
+            return self.__dict__["_stepper_of_this_process"]
+        except KeyError:
+            return self.__dict__.setdefault("_stepper_of_this_process", _core.TorchStepper(self._rule, torch.Tensor))
+
+
+class Adam(_FusedStep, torch.optim.Adam):
+    __doc__ = torch.optim.Adam.__doc__
+    _rule = "Adam"
+    _torch_class = torch.optim.Adam
+
+    def _state_names(self, group):
+        return ("step", "exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+
+class AdamW(_FusedStep, torch.optim.AdamW):
+    __doc__ = torch.optim.AdamW.__doc__
+    _rule = "Adam"
+    _torch_class = torch.optim.AdamW
+    _state_names = Adam._state_names
+
+
+class SGD(_FusedStep, torch.optim.SGD):
+    __doc__ = torch.optim.SGD.__doc__
+    _rule = "SGD"
+    _torch_class = torch.optim.SGD
+
+    def _state_names(self, group):
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+class RMSprop(_FusedStep, torch.optim.RMSprop):
+    __doc__ = torch.optim.RMSprop.__doc__
+    _rule = "RMSprop"
+    _torch_class = torch.optim.RMSprop
+
+    def _state_names(self, group):
+        names = ("step", "square_avg")
+        if group["momentum"] > 0:
+            names += ("momentum_buffer",)
+        return names + (("grad_avg",) if group["centered"] else ())
+
+
+# ---- state -------------------------------------------------------------------------------------
+
+
+def _complete(state, names, p, group):
+    """Makes what is missing and puts `step` where the parameter is; True if a momentum buffer was made."""
+    made_buffer = False
+    for name in names:
+        value = state.get(name)
+        if name == "step":
+            state[name] = _step_tensor(value, p, group)
+        elif value is None:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            made_buffer = made_buffer or name == "momentum_buffer"
+    return made_buffer
+
+
+def _step_tensor(value, p, group):
+    if not torch.is_tensor(value):
+        double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+        dtype = torch.float64 if double else torch.float32
+        return torch.tensor(0.0 if value is None else float(value), dtype=dtype, device=p.device)
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.to(torch.float32)
+    return value.to(p.device)
+
+
+# ---- GradScaler --------------------------------------------------------------------------------
+
+
+def _unscale(groups, grad_scale, found_inf):
+    """Divides gradients by GradScaler's scale in place, as torch leaves them, unless the step is skipped."""
+    grads = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                grad = p.grad._values() if p.grad.layout is torch.sparse_coo else p.grad
+                grads.setdefault((grad.device, grad.dtype), {})[id(grad)] = grad
+    for (device, _), alike in grads.items():
+        divisor = torch.as_tensor(grad_scale, device=device).reshape(())
+        if found_inf is not None:
+            skipped = torch.as_tensor(found_inf, device=device).reshape(()) != 0
+            divisor = torch.where(skipped, torch.ones_like(divisor), divisor)
+        torch._foreach_div_(list(alike.values()), divisor)
+
+
+# ---- memory laid out otherwise -----------------------------------------------------------------
+
+
+class _DenseCopy:
+    """A parameter with its gradient and state, copied where they are not dense or not laid out alike."""
+
+    def __init__(self, p, state):
+        self._copied = []
+        self._like = torch.empty_like(p)
+        self.value = self._dense(p.detach(), written=True)
+        self.grad = self._dense(p.grad.detach(), written=False)
+        self.state = {name: self._dense(value, written=True) for name, value in state.items()}
+
+    def _dense(self, tensor, written):
+        if not torch.is_tensor(tensor) or tensor.shape != self._like.shape:
+            return tensor
+        plain = tensor.resolve_conj().resolve_neg()
+        if plain is tensor and tensor.stride() == self._like.stride():
+            return tensor
+        copy = torch.empty_like(self._like, dtype=tensor.dtype).copy_(tensor)
+        if written:
+            self._copied.append((tensor, copy))
+        return copy
+
+    def write_back(self):
+        for tensor, copy in self._copied:
+            tensor.copy_(copy)
+
+
+# ---- torch's own step --------------------------------------------------------------------------
+
+_DIFFERENTIABLE = "to be differentiated through"
+
+
+def _why_torch(p, state, group):
+    """Why raw memory cannot stand for this parameter, its gradient or state; None if it can."""
+    if group["differentiable"]:
+        return _DIFFERENTIABLE
+    if any(t.layout is not torch.strided for t in (p, p.grad, *filter(torch.is_tensor, state.values()))):
+        return "with sparse gradients"
+    if p.device.type not in ("cpu", "cuda"):
+        if group.get("fused"):
+            _device_dtype_check_for_fused(p)
+        return f"on {p.device.type}"
+    if p.device.type == "cuda" and _core.cuda_device_count() == 0:
+        return f"on cuda ({_core.cuda_status()})"
+    if not (p.dtype.is_floating_point or p.dtype.is_complex) or p.dtype.itemsize == 1:
+        return f"of {p.dtype}"
+    if _is_wrapper(p) or _is_wrapper(p.grad):
+        return f"of the wrapper class {type(p).__name__}"
+    return None
+
+
+def _is_wrapper(tensor):
+    """A tensor that stands for others, such as DTensor: it has elements and no memory."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    try:
+        return tensor.numel() != 0 and tensor.data_ptr() == 0
+    except RuntimeError:
+        return True
+
+
+def _without_hooks(step):
+    """torch's step without the wrapper that would run hooks a second time."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+@functools.cache
+def _warn_once(class_name, why):
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusestep", "torch"):
+        frame, level = frame.f_back, level + 1
+    text = f"fusestep.optim.{class_name} leaves parameters {why} to torch's own step"
+    warnings.warn(text, stacklevel=level)

@@ -1,0 +1,151 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""The machinery of the tests: cases, twins of tensors, runs side by side, comparisons."""
+
+import copy
+import sys
+import types
+import unittest
+
+import torch
+
+import fusestep
+from fusestep import _core
+
+# torch's lists of optimizer inputs import torch's test utilities, which want this package.
+if "expecttest" not in sys.modules:
+    try:
+        import expecttest  # noqa: F401
+    except ImportError:
+        stub = types.ModuleType("expecttest")
+        stub.TestCase = type("TestCase", (unittest.TestCase,), {})
+        sys.modules["expecttest"] = stub
+
+from torch.testing._internal import common_optimizers  # noqa: E402
+
+NAMES = ("Adam", "AdamW", "SGD", "RMSprop")
+STATEFUL = {"Adam": {}, "AdamW": {}, "SGD": {"momentum": 0.9}, "RMSprop": {}}
+# Of every rule the variant with the most slots.
+FULLEST = {
+    "Adam": {"amsgrad": True},
+    "AdamW": {"amsgrad": True},
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "RMSprop": {"momentum": 0.1, "centered": True},
+}
+
+
+def ours(name):
+    return getattr(fusestep.optim, name)
+
+
+def theirs(name):
+    return getattr(torch.optim, name)
+
+
+def torch_inputs(name):
+    """(description, kwargs) of every input torch lists, for any device; `capturable` is CUDA's alone."""
+    listed = getattr(common_optimizers, f"optim_inputs_func_{name.lower()}")
+    seen = []
+    for given in listed("cpu") + listed("cuda"):
+        kwargs = {key: value for key, value in given.kwargs.items() if key not in ("capturable", "fused", "foreach")}
+        if repr(kwargs) not in [repr(other) for _, other in seen]:
+            seen.append((" ".join(f"{key}={value}" for key, value in kwargs.items()) or "default", kwargs))
+    return seen
+
+
+def as_numbers(kwargs):
+    """Tensor hyperparameters as doubles: torch's loop computes bias corrections in their float32."""
+
+    def number(value):
+        return tuple(map(number, value)) if isinstance(value, tuple) else float(value)
+
+    return {key: value if isinstance(value, bool) else number(value) for key, value in kwargs.items()}
+
+
+def error_inputs(name):
+    """torch's wrong arguments: (constructor arguments, error type, regular expression)."""
+    return getattr(common_optimizers, f"optim_error_inputs_func_{name.lower()}")("cpu", torch.float32)
+
+
+def tensors(*shapes, dtype=torch.float32, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
+
+
+def twins(parameters, dtype=None):
+    return [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in parameters]
+
+
+def set_grads(parameters, seed, scale=1.0):
+    random = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        wide = torch.complex128 if p.dtype.is_complex else torch.float64
+        p.grad = (torch.randn(p.shape, generator=random, dtype=wide) * scale).to(p.dtype)
+
+
+def give_same_grads(source, target):
+    for p, q in zip(source, target, strict=True):
+        q.grad = None if p.grad is None else p.grad.detach().clone().to(q.dtype)
+
+
+def stepped_by_us(optimizer, steps=None, parameters=None):
+    """Asserts, by the private counter, that it was the engine that stepped."""
+    stepper = optimizer._stepper
+    assert isinstance(stepper, _core.TorchStepper)
+    assert stepper.steps > 0 if steps is None else stepper.steps == steps
+    if parameters is not None:
+        assert stepper.stepped == parameters
+
+
+def through_methods(optimizer):
+    """Makes it read tensors through their methods, as it does where torch has no exchange table."""
+    optimizer._stepper_of_this_process = _core.TorchStepper(optimizer._rule, object)
+    return optimizer
+
+
+def all_state(optimizer):
+    """(parameter index, name) to tensor or number; ("group", index, "params") for the values."""
+    found = {}
+    index = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found[index, "value"] = p.detach()
+            for name, value in optimizer.state.get(p, {}).items():
+                found[index, name] = value
+            index += 1
+    return found
+
+
+def snapshot(optimizer):
+    return copy.deepcopy(all_state(optimizer))
+
+
+def assert_bits(got, expected):
+    """Equal bits, or NaN on both sides, in every value and state."""
+    assert got.keys() == expected.keys()
+    for key in expected:
+        x, y = torch.as_tensor(got[key]), torch.as_tensor(expected[key])
+        assert x.dtype == y.dtype and x.shape == y.shape, key
+        assert torch.equal(torch.nan_to_num(x, nan=7.25), torch.nan_to_num(y, nan=7.25)), key
+
+
+def assert_close(got, expected, steps, ulps=4.0, weight=None):
+    """Every tensor within `ulps` units in the last place of its largest element, for each step.
+
+    One unit for each rounding of a step that torch and we may do differently: the products and sums
+    of the moving averages, the root, the quotient, the update. float64 is allowed 1e-12 in all.
+    weight: (key, tensor) to a factor by element, for differences a rule amplifies.
+    """
+    assert got.keys() == expected.keys()
+    for key in expected:
+        x, y = torch.as_tensor(got[key]), torch.as_tensor(expected[key])
+        assert x.dtype == y.dtype and x.shape == y.shape, (key, x.dtype, y.dtype)
+        if y.numel() == 0:
+            continue
+        single = y.dtype in (torch.float32, torch.complex64)
+        relative = ulps * steps * 2.0**-23 if single else 1e-12
+        bound = relative * y.abs().max().item()
+        excess = (x - y).abs()
+        if weight is not None:
+            excess = excess / weight(key, y)
+        assert excess.max().item() <= bound, f"{key}: {excess.max().item()} > {bound}"
