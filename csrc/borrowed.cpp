@@ -76,6 +76,7 @@ void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
 
 void BorrowedPass::step(std::span<const BorrowedGroup> groups,
                         std::span<const BorrowedTensor> tensors, const StepOptions& options) {
+  if (engine_ != nullptr) engine_->refuse_if_broken();
   if (!same_tensors(groups, tensors)) {
     rebuild(groups, tensors);
   } else {
@@ -100,13 +101,13 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
 /// What a rebind cannot change: how many there are, and the kind of each.
 bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
-  if (engine_ == nullptr) return false;  // one that has failed stays, and refuses
+  if (engine_ == nullptr) return false;
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
     return find_rule(a.hyper) == find_rule(b.hyper);
   };
   const auto same_tensor = [](const BorrowedTensor& a, const BorrowedTensor& b) {
     return a.size == b.size && a.group == b.group && a.device == b.device && a.dtype == b.dtype &&
-           a.slot_dtype == b.slot_dtype;
+           (a.slot_dtype == b.slot_dtype || !a.steps || !b.steps);
   };
   return std::equal(groups.begin(), groups.end(), groups_.begin(), groups_.end(), same_group) &&
          std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(), same_tensor);
@@ -189,9 +190,8 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
   buffer = parameter.find_slot("momentum_buffer");
   // A fresh one may have the address of the one it replaces.
   if (buffer != nullptr && (buffer->data != buffer_before || !tensor.buffer_filled)) {
-    StepState state = read_state(index);
-    state.buffer_filled = tensor.buffer_filled ? 1 : 0;
-    device.given_states[parameter.state] = state;
+    device.given_states[parameter.state] = {0,
+                                            tensor.buffer_filled ? 1 : 0};  // SGD counts for nobody
   }
   device.members_changed = true;
 }

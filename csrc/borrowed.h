@@ -27,7 +27,7 @@ struct BorrowedTensor {
   DType slot_dtype = DType::kFloat32;
   bool step_is_double = false;
   bool buffer_filled = false;  // a momentum buffer that a step or a load has filled
-  bool steps = false;          // has a gradient, and with it slots
+  bool steps = false;          // has a gradient, and with it slots; else it rests
 
   friend bool operator==(const BorrowedTensor&, const BorrowedTensor&) = default;
 };

@@ -82,7 +82,7 @@ class Engine {
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
   std::int64_t skipped_steps();
-  bool broken() const { return !broken_.empty(); }
+  void refuse_if_broken() const;
 
  private:
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
@@ -98,7 +98,6 @@ class Engine {
   /// Remembers a DeviceError, after which refuse_if_broken() throws for ever.
   template <class F>
   void on_device(F&& work);
-  void refuse_if_broken() const;
 
   int device_index(Device device, const std::string& where);
   DeviceRecord& device_of(const ParameterRecord& parameter) {

@@ -94,6 +94,8 @@ std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
       api_ != nullptr ? read_by_exchange(tensor) : read_by_methods(tensor);
   // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
   if (info && info->data == nullptr && info->elements != 0) return {};
+  static const int cuda_devices = cuda_device_count();
+  if (info && info->device.is_cuda() && info->device.index >= cuda_devices) return {};
   return info;
 }
 

@@ -41,7 +41,8 @@ class TensorReader {
   explicit TensorReader(const pybind11::object& tensor_type);
 
   /// Nothing for what raw memory cannot stand for: sparse and meta tensors, wrapper subclasses,
-  /// other dtypes and devices. Lazy conjugation and negation are the caller's to ask for.
+  /// other dtypes, devices without a backend. Lazy conjugation and negation are the caller's to ask
+  /// for.
   std::optional<TensorInfo> read(PyObject* tensor) const;
 
   /// torch's current stream of a CUDA device.

@@ -204,6 +204,19 @@ void TorchStepper::take(PyObject* value, const detail::BorrowedTensor& tensor) {
   if (PyList_Append(written_.ptr(), value) != 0) throw py::error_already_set();
 }
 
+/// A parameter without a gradient is handed over too: who comes and goes leaves the rest in place.
+void TorchStepper::rest(std::int32_t group, PyObject* value) {
+  const auto info = reader_.read(value);
+  if (!info) return;
+  detail::BorrowedTensor tensor;
+  tensor.group = group;
+  tensor.value = info->data;
+  tensor.size = info->elements;
+  tensor.dtype = tensor.slot_dtype = info->dtype;
+  tensor.device = info->device;
+  tensors_.push_back(tensor);
+}
+
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state) {
   groups_.clear();
   kinds_.clear();
@@ -232,7 +245,10 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state) {
       PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
       const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys().grad));
       if (!grad) throw py::error_already_set();
-      if (grad.is_none()) continue;
+      if (grad.is_none()) {
+        rest(static_cast<std::int32_t>(i), value);
+        continue;
+      }
       detail::BorrowedTensor tensor;
       tensor.group = static_cast<std::int32_t>(i);
       tensor.buffer_filled = true;
@@ -288,7 +304,7 @@ void TorchStepper::step(const py::object& found_inf) {
     streams.emplace_back(tensor.device, reader_.current_stream(tensor.device));
   }
   options.streams = streams;
-  stepped_ = static_cast<int>(tensors_.size());
+  stepped_ = static_cast<int>(PyList_GET_SIZE(written_.ptr()));
   const py::gil_scoped_release release;
   optimizer_.step(groups_, tensors_, options);
 }

@@ -50,6 +50,7 @@ class TorchStepper {
   double number(PyObject* value) const;
   bool fill(PyObject* value, PyObject* grad, PyObject* state, detail::BorrowedTensor& tensor) const;
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
+  void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, const detail::BorrowedTensor& tensor);
   void read_foreign_lr();
 

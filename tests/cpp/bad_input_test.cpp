@@ -621,7 +621,7 @@ TEST(BadInput, MoreStateThanThereIsMemory) {
       optimizer.step();
       FAIL();
     } catch (const OutOfMemory& error) {
-      EXPECT_STREQ(error.what(), "no memory for 72057594037927936 bytes of state on cpu");
+      EXPECT_STREQ(error.what(), "no memory for 72057594037930112 bytes of state on cpu");
     }
     EXPECT_TRUE(optimizer.state("y").slot_names().empty());
     EXPECT_EQ(optimizer.state("y").step(), 0);

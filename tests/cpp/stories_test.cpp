@@ -498,10 +498,10 @@ TEST(Skip, NotAskedForNanSpreadsAsInTorch) {
 /// A second moment that has overflowed stays infinite and its parameter where it is; an infinite
 /// parameter without weight decay stays infinite.
 TEST(Skip, OverflowAsInTorch) {
-  for (const Hyper& hyper : {Hyper(AdamHyper{}), Hyper(AdamHyper{.amsgrad = true}),
-                             Hyper(RmspropHyper{}), Hyper(RmspropHyper{.momentum = 0.9}),
-                             Hyper(RmspropHyper{.alpha = 0.5}),
-                             Hyper(AdamHyper{.betas = {0.9, 0.25}})}) {
+  for (const Hyper& hyper :
+       {Hyper(AdamHyper{}), Hyper(AdamHyper{.amsgrad = true}), Hyper(RmspropHyper{}),
+        Hyper(RmspropHyper{.momentum = 0.9}), Hyper(RmspropHyper{.alpha = 0.5}),
+        Hyper(AdamHyper{.betas = {0.9, 0.25}})}) {
     Tensor a(1);
     a.value.set(5, HUGE_VAL);
     a.grad.set(3, 1e30);

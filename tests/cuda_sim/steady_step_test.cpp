@@ -22,11 +22,10 @@ std::vector<GroupSpec> all_variants() {
 
 void expect_nothing_but_launches(std::int64_t launches) {
   EXPECT_EQ(launches, cuda_sim::calls("cudaLaunchKernel")) << cuda_sim::call_list();
-  const std::int64_t marks = cuda_sim::calls("cudaEventRecord") +
-                             cuda_sim::calls("cudaStreamGetId") +
-                             cuda_sim::calls("cudaStreamWaitEvent") +
-                             cuda_sim::calls("cudaStreamIsCapturing") +
-                             cuda_sim::calls("cudaGetDevice") + cuda_sim::calls("cudaSetDevice");
+  const std::int64_t marks =
+      cuda_sim::calls("cudaEventRecord") + cuda_sim::calls("cudaStreamGetId") +
+      cuda_sim::calls("cudaStreamWaitEvent") + cuda_sim::calls("cudaStreamIsCapturing") +
+      cuda_sim::calls("cudaGetDevice") + cuda_sim::calls("cudaSetDevice");
   EXPECT_EQ(launches + marks, cuda_sim::calls()) << cuda_sim::call_list();
 }
 
