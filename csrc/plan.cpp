@@ -12,7 +12,7 @@ namespace fusestep::detail {
 namespace {
 
 /// The first element at which every array of the row starts a vector of `width` elements. Vectors
-/// are read in pieces of 16 bytes, or of their own size where that is less.
+/// are read in pieces of 16 bytes.
 std::int32_t vector_head(const TensorRow& row, const LayoutDTypes& dtypes, int slots, int width) {
   const auto lines_up = [&](const void* data, DType dtype, int element) {
     const auto address = reinterpret_cast<std::uintptr_t>(data) +

@@ -15,8 +15,11 @@ struct ApplyKernel {
   cudaError_t (*launch)(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
                         cudaStream_t stream);
   cudaError_t (*load)();
+  int chunk;  // elements of a block
+  int width;  // elements of a vector
 };
 
+/// Chunk and width depend on the layout alone.
 struct ApplyKernels {
   ApplyKernel of[kRules][kLayouts];
 };

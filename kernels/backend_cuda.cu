@@ -77,20 +77,8 @@ class CudaBackend final : public Backend {
     }
   }
 
-  int chunk_size(int layout) const override {
-    int size = 0;
-    Layouts::for_each([&]<int kIndex, class L>() {
-      if (kIndex == layout) size = ApplyTuning<L>::kChunk;
-    });
-    return size;
-  }
-  int vector_width(int layout) const override {
-    int width = 0;
-    Layouts::for_each([&]<int kIndex, class L>() {
-      if (kIndex == layout) width = ApplyTuning<L>::kWidth;
-    });
-    return width;
-  }
+  int chunk_size(int layout) const override { return apply_kernels().of[0][layout].chunk; }
+  int vector_width(int layout) const override { return apply_kernels().of[0][layout].width; }
 
   void* allocate(std::size_t bytes, void* stream) override {
     Work work(*this, stream);

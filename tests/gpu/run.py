@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # name, seconds it may take, program, arguments. A program of compute-sanitizer names what it runs.
 PARTS = [
     ("bits", 90, "cuda_gpu_bits", []),
-    ("convert", 40, "gpu_convert_test", []),
+    ("convert", 60, "gpu_convert_test", []),
     ("norm", 30, "cuda_gpu_norm", []),
     ("behaviour", 30, "cuda_gpu_behaviour", []),
     ("streams", 30, "cuda_gpu_streams", []),
@@ -56,7 +56,7 @@ def command_of(part, build, out):
 
 def sanitizer_parts():
     for tool in SANITIZER_TOOLS:
-        yield (f"compute-sanitizer {tool}", 30, tool)
+        yield (f"compute-sanitizer {tool}", 60, tool)
 
 
 def run(name, command, seconds, out):
