@@ -42,7 +42,7 @@ void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& pa
 /// add_group() and borrow() have refused what is not in the table.
 int layout_of(const GroupRecord& group, const ParameterRecord& parameter) {
   const SlotNames names = rule_info(find_rule(group.hyper)).slots;
-  const DType slots = names.empty() ? parameter.value.dtype : parameter.find_slot(names[0])->dtype;
+  const DType slots = names.empty() ? parameter.value.dtype : parameter.slot(names[0]).dtype;
   return find_layout({parameter.value.dtype, parameter.grad.dtype, slots}).value();
 }
 
@@ -54,9 +54,7 @@ TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
   row.size = parameter.size;
   row.grad_dtype = parameter.grad.dtype;
   const SlotNames names = rule_info(find_rule(group.hyper)).slots;
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    row.slot[i] = parameter.find_slot(names[i])->data;
-  }
+  for (std::size_t i = 0; i < names.size(); ++i) row.slot[i] = parameter.slot(names[i]).data;
   const int layout = layout_of(group, parameter);
   row.head = vector_head(row, layout_dtypes(layout), static_cast<int>(names.size()),
                          backend.vector_width(layout));

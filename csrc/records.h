@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "fusestep/error.h"
 #include "fusestep/hyper.h"
 #include "fusestep/optimizer.h"
 #include "fusestep/tensor_view.h"
@@ -43,6 +44,12 @@ struct ParameterRecord {
       if (slot.name == slot_name) return &slot;
     }
     return nullptr;
+  }
+  /// One that is there.
+  const Slot& slot(std::string_view slot_name) const {
+    const Slot* found = find_slot(slot_name);
+    if (found == nullptr) throw Error("slot '" + std::string(slot_name) + "' is missing");
+    return *found;
   }
 };
 

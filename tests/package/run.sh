@@ -37,8 +37,8 @@ if [[ $kind == built ]]; then
 fi
 
 echo "--- $subproject, $kind"
-build subproject "${@}" -DFUSESTEP_FROM=$subproject -DFUSESTEP_TREE="$tree" -DFUSESTEP_CUDA=OFF \
-  -DBUILD_SHARED_LIBS=$shared
+build subproject "${@}" -DFUSESTEP_FROM="$subproject" -DFUSESTEP_TREE="$tree" -DFUSESTEP_CUDA=OFF \
+  -DBUILD_SHARED_LIBS="$shared"
 extra=$(find "$work/subproject" -name '*_test*' -o -name '*gtest*' -o -path '*/fusestep/tests*' \
   -o -path '*/fusestep/examples*')
 [[ -z $extra ]] || { echo "a subproject built more than the library:"; echo "$extra"; exit 1; }
