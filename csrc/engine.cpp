@@ -54,8 +54,8 @@ void Engine::step(const StepOptions& options) {
   refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
   const DefaultFpEnvironment environment;
   on_device([&] {
-    if (with_norm) sum_squares(options.streams);
     list_working_devices();
+    if (with_norm) sum_squares(options.streams);
     const int norm_parts = with_norm ? static_cast<int>(working_.size()) : 0;
     // All requests first: finding one out may wait for another device.
     requests_.clear();
@@ -233,8 +233,9 @@ void Engine::stage(int index, void* stream, int norm_parts) {
   device.backend->stage(tables, stream);
 
   device.staged_states = device.states;
-  for (const auto& [state, value] : device.given_states)
+  for (const auto& [state, value] : device.given_states) {
     device.backend->write_state(state, value, stream);
+  }
   device.given_states.clear();
   device.members_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
@@ -246,7 +247,6 @@ void Engine::stage(int index, void* stream, int norm_parts) {
 
 /// Every device gets the sums of all devices.
 void Engine::sum_squares(std::span<const Stream> streams) {
-  list_working_devices();
   const std::vector<DeviceRecord*>& devices = working_;
   for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
     devices[static_cast<std::size_t>(i)]->backend->sum_squares(

@@ -25,7 +25,7 @@ struct ApplyTuning {
 
 /// Threads of a block for chunks of so many elements on average: enough for all its vectors at
 /// once, and no more, so that many small tensors share a multiprocessor. Full chunks get 512, as
-/// measured; what small ones gain has not been measured yet.
+/// the kernels that docs/performance.md quotes; what small ones gain has not been measured yet.
 template <class L>
 constexpr unsigned apply_threads(std::int64_t elements_per_chunk) {
   const std::int64_t vectors = elements_per_chunk / ApplyTuning<L>::kWidth;

@@ -131,21 +131,34 @@ double prepare_us(std::size_t tensors, const RuleCase& rule, const LayoutCase& l
   return entry->second;
 }
 
+/// The tensors of one model on the device, filled, and their optimizer.
+struct Workload {
+  std::vector<std::int64_t> sizes;
+  Offsets offsets;
+  DeviceBuffer values, grads;
+  Optimizer optimizer;
+
+  Workload(std::vector<std::int64_t> tensors, const RuleCase& rule, const LayoutCase& layout)
+      : sizes(std::move(tensors)),
+        offsets(sizes),
+        values(static_cast<std::size_t>(offsets.total) * layout.value_bytes()),
+        grads(values.bytes()),
+        optimizer(make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(),
+                                 Device::cuda())) {
+    fill(values, layout.value);
+    fill(grads, layout.value);
+  }
+};
+
 void step(benchmark::State& state, const std::string& model, const std::string& models_file,
           const RuleCase& rule, const LayoutCase& layout) {
   try {
-    const auto sizes = tensor_sizes(model, models_file);
-    const Offsets offsets(sizes);
-    const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
-    const double moved = static_cast<double>(offsets.elements) * bytes_per_element(rule, layout);
-    DeviceBuffer values(bytes), grads(bytes);
-    fill(values, layout.value);
-    fill(grads, layout.value);
-    Optimizer optimizer =
-        make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
+    Workload work(tensor_sizes(model, models_file), rule, layout);
+    const double moved =
+        static_cast<double>(work.offsets.elements) * bytes_per_element(rule, layout);
     for (auto _ : state) {
-      const double total = device_us([&] { optimizer.step(); });
-      const double prepare = prepare_us(sizes.size(), rule, layout);
+      const double total = device_us([&] { work.optimizer.step(); });
+      const double prepare = prepare_us(work.sizes.size(), rule, layout);
       state.SetIterationTime(total * 1e-6);
       state.counters["step_us"] = total;
       state.counters["prepare_us"] = prepare;
@@ -154,8 +167,8 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
       state.counters["step_of_copy"] = moved / total / copy_rate();
       state.counters["bytes_moved"] = moved;
       state.counters["launches"] = 2;  // prepare, and apply of the one bucket
-      state.counters["host_us"] = host_us([&] { optimizer.step(); });
-      state.counters["tensors"] = static_cast<double>(sizes.size());
+      state.counters["host_us"] = host_us([&] { work.optimizer.step(); });
+      state.counters["tensors"] = static_cast<double>(work.sizes.size());
       state.counters["copy_GBps"] = copy_rate() * 1e-3;
     }
   } catch (const std::exception& error) {
@@ -169,21 +182,14 @@ void clip(benchmark::State& state, const std::string& model, const std::string& 
           const LayoutCase& layout) {
   try {
     const RuleCase& rule = rule_cases()[0];
-    const auto sizes = tensor_sizes(model, models_file);
-    const Offsets offsets(sizes);
-    const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
-    DeviceBuffer values(bytes), grads(bytes);
-    fill(values, layout.value);
-    fill(grads, layout.value);
-    Optimizer optimizer =
-        make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
+    Workload work(tensor_sizes(model, models_file), rule, layout);
     for (auto _ : state) {
-      const double plain = device_us([&] { optimizer.step(); });
-      const double total = device_us([&] { optimizer.step({.max_grad_norm = 1.0}); });
+      const double plain = device_us([&] { work.optimizer.step(); });
+      const double total = device_us([&] { work.optimizer.step({.max_grad_norm = 1.0}); });
       state.SetIterationTime(total * 1e-6);
       state.counters["step_us"] = total;
       state.counters["norm_us"] = total - plain;
-      state.counters["norm_of_copy"] = static_cast<double>(offsets.elements) *
+      state.counters["norm_of_copy"] = static_cast<double>(work.offsets.elements) *
                                        static_cast<double>(layout.value_bytes()) / (total - plain) /
                                        copy_rate();
     }
