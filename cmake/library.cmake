@@ -27,6 +27,7 @@ set_target_properties(fusestep PROPERTIES
 target_include_directories(fusestep PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
   $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+target_include_directories(fusestep SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
 target_compile_features(fusestep PUBLIC cxx_std_20)
 target_compile_options(fusestep PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:${FUSESTEP_FP_FLAGS};-Wall;-Wextra;-Wconversion;-Wshadow>)

@@ -37,4 +37,11 @@ class FUSESTEP_API DeviceError : public Error {
   using Error::Error;
 };
 
+/// A file cannot be read or written, or what is in it is wrong. The text names the file, the tensor
+/// where there is one, and what is wrong with it.
+class FUSESTEP_API FileError : public Error {
+ public:
+  using Error::Error;
+};
+
 }  // namespace fusestep
