@@ -4,6 +4,12 @@ find_package(Threads REQUIRED)
 
 add_library(fusestep
   csrc/borrowed.cpp
+  csrc/checkpoint/description.cpp
+  csrc/checkpoint/dict.cpp
+  csrc/checkpoint/engine_state.cpp
+  csrc/checkpoint/match.cpp
+  csrc/checkpoint/report.cpp
+  csrc/checkpoint/state_file.cpp
   csrc/engine.cpp
   csrc/groups.cpp
   csrc/hyper.cpp
@@ -27,6 +33,7 @@ set_target_properties(fusestep PROPERTIES
 target_include_directories(fusestep PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
   $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+target_include_directories(fusestep PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
 target_include_directories(fusestep SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
 target_compile_features(fusestep PUBLIC cxx_std_20)
 target_compile_options(fusestep PRIVATE

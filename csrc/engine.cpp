@@ -15,13 +15,6 @@
 namespace fusestep::detail {
 namespace {
 
-void* stream_of(std::span<const Stream> streams, Device device) {
-  for (const Stream& stream : streams) {
-    if (stream.device == device) return stream.handle;
-  }
-  return nullptr;
-}
-
 HyperRow hyper_row(const GroupRecord& group) {
   HyperRow row{};
   std::visit(

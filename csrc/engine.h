@@ -4,6 +4,7 @@
 // What stands behind Optimizer and its handles.
 #pragma once
 
+#include <future>
 #include <map>
 #include <memory>
 #include <new>
@@ -16,6 +17,7 @@
 #include "fusestep/detail/backend.h"
 #include "fusestep/detail/plan.h"
 #include "fusestep/optimizer.h"
+#include "fusestep/state_dict.h"
 #include "records.h"
 #include "state_store.h"
 #include "validate.h"
@@ -45,6 +47,16 @@ struct DeviceRecord {
 
 struct BorrowedGroup;
 struct BorrowedTensor;
+class EngineSource;
+class EngineLoader;
+
+/// The caller's stream of this device; null, its default stream, where there is none.
+inline void* stream_of(std::span<const Stream> streams, Device device) {
+  for (const Stream& stream : streams) {
+    if (stream.device == device) return stream.handle;
+  }
+  return nullptr;
+}
 
 class Engine {
  public:
@@ -58,6 +70,9 @@ class Engine {
   void set_hyper(int group, const Hyper& hyper);
   void set_lr(int group, double lr);
   void set_lr_source(int group, const TensorView& source);
+  void set_initial_lr(int group, double lr) {
+    groups_[static_cast<std::size_t>(group)].initial_lr = lr;
+  }
   void set_grad(int parameter, const TensorView& grad);
   void set_value(int parameter, const TensorView& value);
   void set_frozen(int parameter, bool frozen);
@@ -84,7 +99,16 @@ class Engine {
   std::int64_t skipped_steps();
   void refuse_if_broken() const;
 
+  /// A save in the background. Waiting for it throws what it has thrown.
+  void set_saving(std::future<void> saving) { saving_ = std::move(saving); }
+  void wait_for_save() {
+    if (saving_.valid()) saving_.get();
+  }
+
  private:
+  friend class EngineSource;  // checkpoint/: state as a whole
+  friend class EngineLoader;
+
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
   void refresh(std::span<const Stream> streams, int norm_parts);
@@ -109,6 +133,8 @@ class Engine {
   void refuse_overlap(std::vector<MemoryRange> ranges) const;
 
   OptimizerOptions options_;
+  Metadata metadata_;         // of the file that was loaded last
+  std::future<void> saving_;  // its destructor waits
   std::vector<std::unique_ptr<DeviceRecord>> devices_;
   std::vector<GroupRecord> groups_;
   std::vector<ParameterRecord> parameters_;

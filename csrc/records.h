@@ -32,6 +32,8 @@ struct ParameterRecord {
   TensorView grad;  // absent: nothing to step with
   std::int64_t size;
   std::vector<Slot> slots;
+  std::vector<Slot> spare_slots;  // memory a load has left without use
+  std::string kept;               // JSON: what a loaded file said of it and we do not know
   void* step_tensor = nullptr;  // the caller's count, see PrepareRow
   bool step_is_double = false;
   bool frozen = false;
@@ -59,6 +61,8 @@ struct GroupRecord {
   TensorView lr_source;  // absent: hyper's lr
   GroupOptions options;
   std::vector<int> parameters;
+  std::optional<double> initial_lr = {};  // what a schedule multiplies
+  std::string kept = {};                  // JSON: what a loaded file said of it and we do not know
 };
 
 /// float64 parameters have float64 slots, float32 ones float32; for the others the group chooses.

@@ -42,6 +42,9 @@ LrSchedule::LrSchedule(Optimizer& optimizer, LrFactor factor, std::int64_t start
       base_(std::move(base)) {
   for (const auto& [name, lr] : base_)
     engine_->find_group(name);  // a name no group has is an error
+  for (const detail::GroupRecord& group : engine_->groups()) {
+    if (start > 0 && group.initial_lr) base_.try_emplace(group.name, *group.initial_lr);
+  }
   set_step(start);
 }
 
@@ -63,7 +66,9 @@ void LrSchedule::set_step(std::int64_t step) {
                           std::to_string(base));
   }
   for (int i = 0; i < static_cast<int>(groups.size()); ++i) {
-    engine_->set_lr(i, base_.at(groups[static_cast<std::size_t>(i)].name) * factor);
+    const double base = base_.at(groups[static_cast<std::size_t>(i)].name);
+    engine_->set_lr(i, base * factor);
+    engine_->set_initial_lr(i, base);
   }
   step_ = step;
 }

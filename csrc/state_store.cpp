@@ -19,10 +19,24 @@ constexpr std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
+std::size_t bytes_of(const StateStore::Wanted& wanted) {
+  return static_cast<std::size_t>(wanted.parameter->size) * size_of(wanted.slot.dtype);
+}
+
 std::size_t padded_bytes(const StateStore::Wanted& wanted) {
-  const std::size_t bytes =
-      static_cast<std::size_t>(wanted.parameter->size) * size_of(wanted.slot.dtype);
+  const std::size_t bytes = bytes_of(wanted);
   return bytes < kSkewedFrom ? round_up(bytes, kAlignment) : round_up(bytes, kPage) + kSkew;
+}
+
+const Slot* find_spare(const StateStore::Wanted& wanted) {
+  for (const Slot& spare : wanted.parameter->spare_slots) {
+    if (spare.name == wanted.slot.name && spare.dtype == wanted.slot.dtype) return &spare;
+  }
+  return nullptr;
+}
+
+auto is_of(const StateStore::Wanted& wanted) {
+  return [name = wanted.slot.name](const Slot& slot) { return slot.name == name; };
 }
 
 }  // namespace
@@ -34,32 +48,51 @@ StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
   Growth growth{std::move(wanted), arenas_.size()};
   constexpr DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   arenas_.reserve(arenas_.size() + std::size(dtypes));
-  for (const Wanted& slot : growth.slots) slot.parameter->slots.reserve(kMaxSlots);
-  for (const DType dtype : dtypes) {
-    std::size_t bytes = 0;
-    for (const Wanted& w : growth.slots) bytes += w.slot.dtype == dtype ? padded_bytes(w) : 0;
-    char* next = nullptr;
-    if (bytes != 0) {
-      try {
-        next = static_cast<char*>(backend_.allocate(bytes, stream));
-      } catch (...) {
-        free_arenas(growth.arenas_before, stream);
-        throw;
-      }
-      arenas_.push_back({next, bytes});
-    }
-    for (Wanted& w : growth.slots) {
-      if (w.slot.dtype != dtype) continue;
-      w.slot.data = next;
-      next += padded_bytes(w);
-    }
+  for (Wanted& w : growth.slots) {
+    w.parameter->slots.reserve(kMaxSlots);
+    w.parameter->spare_slots.reserve(kMaxSlots);
+    const Slot* spare = find_spare(w);
+    if (spare == nullptr) continue;
+    w.slot.data = spare->data;
+    w.spare = true;
   }
-  for (const Wanted& w : growth.slots) w.parameter->slots.push_back(w.slot);
+  try {
+    for (const Wanted& w : growth.slots) {
+      if (w.spare) backend_.clear(w.slot.data, bytes_of(w), stream);
+    }
+    for (const DType dtype : dtypes) allocate_arena(growth, dtype, stream);
+  } catch (...) {
+    free_arenas(growth.arenas_before, stream);
+    throw;
+  }
+  for (const Wanted& w : growth.slots) {
+    w.parameter->slots.push_back(w.slot);
+    if (w.spare) std::erase_if(w.parameter->spare_slots, is_of(w));
+  }
   return growth;
 }
 
+void StateStore::allocate_arena(Growth& growth, DType dtype, void* stream) {
+  const auto needs_memory = [&](const Wanted& w) { return !w.spare && w.slot.dtype == dtype; };
+  std::size_t bytes = 0;
+  for (const Wanted& w : growth.slots) bytes += needs_memory(w) ? padded_bytes(w) : 0;
+  char* next = nullptr;
+  if (bytes != 0) {
+    next = static_cast<char*>(backend_.allocate(bytes, stream));
+    arenas_.push_back({next, bytes});
+  }
+  for (Wanted& w : growth.slots) {
+    if (!needs_memory(w)) continue;
+    w.slot.data = next;
+    next += padded_bytes(w);
+  }
+}
+
 void StateStore::undo(const Growth& growth, void* stream) noexcept {
-  for (const Wanted& w : growth.slots) w.parameter->slots.pop_back();
+  for (const Wanted& w : growth.slots) {
+    std::erase_if(w.parameter->slots, is_of(w));
+    if (w.spare) w.parameter->spare_slots.push_back(w.slot);
+  }
   free_arenas(growth.arenas_before, stream);
 }
 

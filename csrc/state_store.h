@@ -22,13 +22,15 @@ class StateStore {
   struct Wanted {
     ParameterRecord* parameter;
     Slot slot;  // without an address
+    bool spare = false;  // it had memory that lay idle
   };
   struct Growth {
     std::vector<Wanted> slots;
     std::size_t arenas_before;
   };
   /// Gives every wanted slot zeroed memory, 64-byte aligned, all of one dtype in one allocation,
-  /// and adds it to its parameter. Throws OutOfMemory and changes nothing.
+  /// and adds it to its parameter; memory that lies idle is used first. Throws OutOfMemory and
+  /// changes nothing.
   Growth grow(std::vector<Wanted> wanted, void* stream);
   /// Takes the latest growth back.
   void undo(const Growth& growth, void* stream) noexcept;
@@ -38,6 +40,7 @@ class StateStore {
     char* data;
     std::size_t bytes;
   };
+  void allocate_arena(Growth& growth, DType dtype, void* stream);
   void free_arenas(std::size_t keep, void* stream) noexcept;
 
   Backend& backend_;

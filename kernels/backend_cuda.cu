@@ -187,7 +187,7 @@ class CudaBackend final : public Backend {
   }
 
   NormSum read_sum(int position, void* stream) override {
-    return read(norm_parts_.data() + position, stream);
+    return read_one(norm_parts_.data() + position, stream);
   }
 
   void copy_sum(int position, Backend& from, void* from_stream, void* stream) override {
@@ -238,18 +238,42 @@ class CudaBackend final : public Backend {
     }
   }
 
-  StepState read_state(int index) override { return read(states_.data() + index, nullptr); }
+  StepState read_state(int index) override { return read_one(states_.data() + index, nullptr); }
   void write_state(int index, StepState state, void* stream) override {
     Work work(*this, stream);
     states_.upload(*ring_, std::span(&state, 1), static_cast<std::size_t>(index), work.stream());
     work.finish();
   }
   Control read_control() override {
-    return control_.data() == nullptr ? Control{} : read(control_.data(), nullptr);
+    return control_.data() == nullptr ? Control{} : read_one(control_.data(), nullptr);
+  }
+  const void* read(const void* from, std::size_t bytes, void* stream) override {
+    if (pinned_ == nullptr) {
+      const DeviceGuard guard(device_);
+      cuda_check(cudaHostAlloc(&pinned_, kReadBytes, cudaHostAllocPortable), device_,
+                 "allocating pinned memory to read state");
+    }
+    read_into(pinned_, from, bytes, stream);
+    return pinned_;
+  }
+  void end_reading() noexcept override {
+    if (getpid() == process_) static_cast<void>(cudaFreeHost(pinned_));
+    pinned_ = nullptr;
+  }
+  void write(void* to, const void* from, std::size_t bytes, void* stream) override {
+    Work work(*this, stream);
+    if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
+    ring_->upload(to, from, bytes, work.stream());
+    work.finish();
+  }
+  void clear(void* data, std::size_t bytes, void* stream) override {
+    Work work(*this, stream);
+    cuda_check(cudaMemsetAsync(data, 0, bytes, work.stream()), device_, "clearing state");
+    work.finish();
   }
   double read_scalar(const void* source, bool is_double, void* stream) override {
-    return is_double ? read(static_cast<const double*>(source), stream)
-                     : static_cast<double>(read(static_cast<const float*>(source), stream));
+    return is_double ? read_one(static_cast<const double*>(source), stream)
+                     : static_cast<double>(read_one(static_cast<const float*>(source), stream));
   }
 
  private:
@@ -306,14 +330,18 @@ class CudaBackend final : public Backend {
   };
 
   template <class T>
-  T read(const T* from, void* stream) {
-    Work work(*this, stream);
+  T read_one(const T* from, void* stream) {
     T value;
-    cuda_check(cudaMemcpyAsync(&value, from, sizeof value, cudaMemcpyDeviceToHost, work.stream()),
-               device_, "reading from the device");
+    read_into(&value, from, sizeof value, stream);
+    return value;
+  }
+
+  void read_into(void* to, const void* from, std::size_t bytes, void* stream) {
+    Work work(*this, stream);
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, work.stream()), device_,
+               "reading from the device");
     cuda_check(cudaStreamSynchronize(work.stream()), device_, "waiting for the device");
     work.finish();
-    return value;
   }
 
   /// Nothing of it is in use any more.
@@ -329,6 +357,7 @@ class CudaBackend final : public Backend {
     norm_parts_.release(nullptr);
     control_.release(nullptr);
     ring_.reset();
+    end_reading();
     if (last_work_ != nullptr) static_cast<void>(cudaEventDestroy(last_work_));
     last_work_ = nullptr;
   }
@@ -341,6 +370,7 @@ class CudaBackend final : public Backend {
   const Plan* plan_ = nullptr;
 
   std::unique_ptr<UploadRing> ring_;
+  void* pinned_ = nullptr;  // kReadBytes, while state is read
   DeviceTable<TensorRow> tensors_{device_};
   DeviceTable<PrepareRow> prepare_{device_};
   DeviceTable<Chunk> chunks_{device_};

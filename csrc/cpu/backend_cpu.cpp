@@ -107,6 +107,12 @@ class CpuBackend final : public Backend {
     states_[static_cast<std::size_t>(index)] = state;
   }
   Control read_control() override { return control_; }
+  const void* read(const void* from, std::size_t, void*) override { return from; }
+  void end_reading() noexcept override {}
+  void write(void* to, const void* from, std::size_t bytes, void*) override {
+    std::memcpy(to, from, bytes);
+  }
+  void clear(void* data, std::size_t bytes, void*) override { std::memset(data, 0, bytes); }
   double read_scalar(const void* source, bool is_double, void*) override {
     return StepScalar{1.0, source, is_double}.get();
   }

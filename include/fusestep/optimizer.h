@@ -17,6 +17,7 @@
 #include "fusestep/error.h"
 #include "fusestep/export.h"
 #include "fusestep/hyper.h"
+#include "fusestep/state_dict.h"
 #include "fusestep/tensor_view.h"
 
 namespace fusestep {
@@ -197,6 +198,27 @@ class FUSESTEP_API Optimizer {
 
   /// Bytes of state by slot name; what was bound with bind_slot is not counted.
   std::map<std::string, std::size_t> memory_report() const;
+
+  /// All state, copied; waits for the devices.
+  StateDict state_dict(std::span<const Stream> streams = {});
+  /// What state_dict() has given, matched by position: state, settings and frozen flags. The groups
+  /// must have as many parameters, of the same shapes, whatever their names. Throws InvalidArgument
+  /// and changes nothing.
+  void load_state_dict(const StateDict& state, std::span<const Stream> streams = {});
+
+  /// Matches by the parameters' names, whatever groups they were in: each group takes the settings
+  /// its parameters were saved with. Throws LoadError (strict) or FileError, and has then changed
+  /// nothing; but a file that changes while it replaces state of this optimizer ends its use.
+  LoadReport load(const std::filesystem::path& file, const LoadOptions& options = {});
+  LoadReport load(const StateDict& state, const LoadOptions& options = {});
+
+  /// Writes a safetensors file: aside, then on disk, then in the place of `file`. Throws FileError;
+  /// an older file then stays whole.
+  void save(const std::filesystem::path& file, const SaveOptions& options = {});
+  /// Copies the state to memory and writes it in the background. What goes wrong there is thrown by
+  /// the next save, save_async or wait_for_save, which wait for it and then do nothing else.
+  void save_async(const std::filesystem::path& file, const SaveOptions& options = {});
+  void wait_for_save();
 
  private:
   friend class LrSchedule;

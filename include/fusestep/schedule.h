@@ -28,8 +28,9 @@ FUSESTEP_API LrFactor cosine_with_warmup(std::int64_t warmup, std::int64_t total
 class FUSESTEP_API LrSchedule {
  public:
   /// The base of a group is its lr when the schedule first sees it (now, or when step() meets a
-  /// group that was added since), unless `base` names the group: do that to resume with an
-  /// optimizer whose lr the schedule had already changed. Sets the rates of step `start`.
+  /// group that was added since); with `start` > 0 the base that an earlier schedule gave it, which
+  /// save and load keep (torch's initial_lr); what `base` says of it comes before both. Sets the
+  /// rates of step `start`.
   LrSchedule(Optimizer& optimizer, LrFactor factor, std::int64_t start = 0,
              std::unordered_map<std::string, double> base = {});
 

@@ -15,6 +15,9 @@
 
 namespace fusestep::detail {
 
+/// The most Backend::read() gives at a time. A multiple of every element size.
+inline constexpr std::size_t kReadBytes = std::size_t{4} << 20;
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -60,6 +63,14 @@ class Backend {
   virtual StepState read_state(int index) = 0;
   virtual void write_state(int index, StepState state, void* stream) = 0;
   virtual Control read_control() = 0;
+  /// Memory of the device where the host can read it, until the next call; at most kReadBytes. Waits
+  /// for the device.
+  virtual const void* read(const void* from, std::size_t bytes, void* stream) = 0;
+  /// What read() has allocated is given back.
+  virtual void end_reading() noexcept = 0;
+  /// `from` is the host's, and may be reused when this returns.
+  virtual void write(void* to, const void* from, std::size_t bytes, void* stream) = 0;
+  virtual void clear(void* data, std::size_t bytes, void* stream) = 0;
   /// One float32 or float64 on this device.
   virtual double read_scalar(const void* source, bool is_double, void* stream) = 0;
 };

@@ -1,0 +1,73 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What an optimizer or a file holds, apart from the numbers in its slots; and as JSON, which is how
+// it stands in files and goes to and from Python.
+#pragma once
+
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fusestep/hyper.h"
+
+namespace fusestep::detail {
+
+using Json = nlohmann::ordered_json;
+
+struct TensorDescription {
+  std::string dtype;  // torch's name: "float32", "complex64", ...
+  std::vector<std::int64_t> shape;
+};
+
+struct ParameterDescription {
+  std::string name;
+  int group = 0;
+  TensorDescription value;
+  bool frozen = false;
+  std::optional<double> step;
+  std::map<std::string, TensorDescription> slots;  // what there is; "value" where it was saved
+  Json unknown = Json::object();                   // keys of a later version
+
+  // Of an optimizer that state is to be loaded into:
+  std::vector<std::string> slot_dtypes;   // what a slot may have
+  std::vector<std::int64_t> slot_shape;   // value's, with a 2 at its end for complex ones
+};
+
+struct GroupDescription {
+  std::string name;
+  std::string rule;  // "Adam", "AdamW", "SGD", "RMSprop"; empty where a file has no settings
+  Json hyper = Json::object();
+  Json unknown = Json::object();
+};
+
+/// Parameters stand in the order of their groups.
+struct Description {
+  std::vector<GroupDescription> groups;
+  std::vector<ParameterDescription> parameters;
+};
+
+/// `with_slots`: in a file slots follow from its tensors.
+Json to_json(const Description& description, bool with_slots);
+/// Throws InvalidArgument that says where something is missing or of a wrong type.
+Description description_from_json(const Json& json);
+
+/// Doubles JSON has no number for are {"float": "inf"}.
+Json to_json(const Hyper& hyper);
+/// Known settings of a rule; others in `json` are passed over, missing ones have their default.
+Hyper hyper_from_json(std::string_view rule, const Json& json);
+/// The rule's name without its variants: AdamW is Adam.
+std::string_view canonical_rule(std::string_view rule);
+
+Json number_to_json(double number);
+/// Of a number, {"float": "inf"}, or a tensor of one element as Python writes it.
+double number_from_json(const Json& json, const std::string& where);
+
+/// Text that is refused where it is not JSON, nests too deeply or has a key twice. Throws
+/// InvalidArgument, beginning with `what`.
+Json parse_json(std::string_view text, const std::string& what);
+
+}  // namespace fusestep::detail

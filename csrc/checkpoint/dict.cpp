@@ -1,0 +1,148 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint/dict.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "checkpoint/state_file.h"
+#include "fusestep/error.h"
+#include "fusestep/tensor_view.h"
+
+namespace fusestep {
+namespace detail {
+namespace {
+
+constexpr const char* kInitialLr = "initial_lr";
+
+DType dtype_named(const std::string& name, const std::string& what) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw InvalidArgument(what + " is of " + name +
+                        ", expected float32, float64, bfloat16 or float16");
+}
+
+std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& shape) {
+  return TensorView{nullptr, dtype, shape, {}, true}.bytes();
+}
+
+GroupDescription describe(const GroupState& group) {
+  GroupDescription description{group.name, std::string(rule_name(group.hyper)),
+                               to_json(group.hyper), Json::object()};
+  if (group.initial_lr) description.hyper[kInitialLr] = number_to_json(*group.initial_lr);
+  return description;
+}
+
+ParameterDescription describe(const ParameterState& state, int group) {
+  ParameterDescription description;
+  description.name = state.name;
+  description.group = group;
+  description.value = {std::string(name_of(state.dtype)), state.shape};
+  description.frozen = state.frozen;
+  description.step = static_cast<double>(state.step);
+  if (state.step < 0) {
+    throw InvalidArgument("parameter '" + state.name + "': step must be >= 0, got " +
+                          std::to_string(state.step));
+  }
+  for (const auto& [name, slot] : state.slots) {
+    const std::size_t expected = bytes_of(slot.dtype, slot.shape);
+    if (slot.data.size() != expected) {
+      throw InvalidArgument("parameter '" + state.name + "', slot '" + name + "': expected " +
+                            std::to_string(expected) + " bytes, got " +
+                            std::to_string(slot.data.size()));
+    }
+    description.slots[name] = {std::string(name_of(slot.dtype)), slot.shape};
+  }
+  return description;
+}
+
+}  // namespace
+
+DictSource::DictSource(const StateDict& dict) : dict_(dict) {
+  std::vector<bool> seen(dict.state.size());
+  for (const GroupState& group : dict.param_groups) {
+    for (const std::int64_t position : group.params) {
+      const auto index = static_cast<std::size_t>(position);
+      if (position < 0 || index >= dict.state.size() || seen[index]) {
+        throw InvalidArgument("group '" + group.name + "': params has " + std::to_string(position) +
+                              ", expected every position in state once");
+      }
+      seen[index] = true;
+      positions_.push_back(index);
+      description_.parameters.push_back(
+          describe(dict.state[index], static_cast<int>(description_.groups.size())));
+    }
+    description_.groups.push_back(describe(group));
+  }
+  if (positions_.size() != dict.state.size()) {
+    throw InvalidArgument("state has " + std::to_string(dict.state.size()) +
+                          " parameters, and groups have " + std::to_string(positions_.size()));
+  }
+}
+
+void DictSource::read(int parameter, const std::string& slot, const TakePiece& take) {
+  const ParameterState& state = dict_.state[positions_[static_cast<std::size_t>(parameter)]];
+  const std::vector<std::byte>& data = state.slots.at(slot).data;
+  for (std::size_t done = 0; done < data.size(); done += kPieceBytes) {
+    take(data.data() + done, std::min(kPieceBytes, data.size() - done));
+  }
+}
+
+StateDict to_dict(StateSource& source) {
+  StateDict dict;
+  dict.metadata = source.metadata();
+  for (const GroupDescription& group : source.description().groups) {
+    GroupState state;
+    state.name = group.name;
+    // A file of another program has no settings.
+    if (!group.rule.empty()) state.hyper = hyper_from_json(group.rule, group.hyper);
+    if (const auto lr = group.hyper.find(kInitialLr); lr != group.hyper.end()) {
+      state.initial_lr = number_from_json(*lr, kInitialLr);
+    }
+    dict.param_groups.push_back(std::move(state));
+  }
+  const std::vector<ParameterDescription>& parameters = source.description().parameters;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const ParameterDescription& parameter = parameters[i];
+    dict.param_groups[static_cast<std::size_t>(parameter.group)].params.push_back(
+        static_cast<std::int64_t>(i));
+    ParameterState state;
+    state.name = parameter.name;
+    state.dtype = dtype_named(parameter.value.dtype, "parameter '" + parameter.name + "'");
+    state.shape = parameter.value.shape;
+    state.frozen = parameter.frozen;
+    state.step = static_cast<std::int64_t>(parameter.step.value_or(0));
+    for (const auto& [name, tensor] : parameter.slots) {
+      const DType dtype = dtype_named(tensor.dtype, "'" + parameter.name + "/" + name + "'");
+      StateTensor& slot = state.slots[name] = {dtype, tensor.shape, {}};
+      slot.data.resize(bytes_of(dtype, tensor.shape));
+      std::byte* next = slot.data.data();
+      source.read(static_cast<int>(i), name, [&](const void* data, std::size_t bytes) {
+        std::memcpy(next, data, bytes);
+        next += bytes;
+      });
+    }
+    dict.state.push_back(std::move(state));
+  }
+  return dict;
+}
+
+}  // namespace detail
+
+StateDict read_state_dict(const std::filesystem::path& path) {
+  detail::StateFileReader file(path);
+  try {
+    return detail::to_dict(file);
+  } catch (const InvalidArgument& error) {
+    throw FileError(path.string() + ": " + error.what());
+  }
+}
+
+void write_state_dict(const StateDict& state, const std::filesystem::path& path) {
+  detail::DictSource source(state);
+  detail::write_file(source, {}, path);
+}
+
+}  // namespace fusestep

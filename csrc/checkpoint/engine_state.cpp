@@ -1,0 +1,366 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint/engine_state.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "cpu/fp_environment.h"
+#include "fusestep/detail/convert.h"
+#include "fusestep/detail/hyper_fields.h"
+#include "fusestep/detail/rule_list.h"
+
+namespace fusestep::detail {
+namespace {
+
+constexpr const char* kValue = "value";
+constexpr const char* kInitialLr = "initial_lr";
+constexpr const char* kMomentumBuffer = "momentum_buffer";
+
+TensorDescription describe_tensor(DType dtype, const TensorView& value) {
+  return {std::string(name_of(dtype)), value.shape};
+}
+
+/// What is in `kept` of a group: keys beside ours in it, and in its hyper.
+constexpr const char* kHyper = "hyper";
+
+Json kept_json(const std::string& kept) {
+  return kept.empty() ? Json::object() : Json::parse(kept);
+}
+
+std::string kept_text(const Json& kept) { return kept.empty() ? "" : kept.dump(); }
+
+/// Settings of a file that no rule here knows, such as those of a framework.
+Json unknown_settings(const GroupDescription& group, const Hyper& known) {
+  Json unknown = group.hyper;
+  unknown.erase(kInitialLr);
+  std::visit(
+      [&](const auto& settings) {
+        for_each_field(settings, [&](const char* name, const auto&) { unknown.erase(name); });
+      },
+      known);
+  return unknown;
+}
+
+/// Calls visit with a zero of the C++ type.
+template <class Visit>
+void with_type(DType dtype, Visit&& visit) {
+  switch (dtype) {
+    case DType::kFloat32: return visit(float{});
+    case DType::kFloat64: return visit(double{});
+    case DType::kBFloat16: return visit(bfloat16{});
+    case DType::kFloat16: return visit(float16{});
+  }
+}
+
+/// To nearest, through float32 where the target is narrower.
+template <class From, class To>
+void convert(const void* data, std::size_t count, std::vector<std::byte>& converted) {
+  using Real = std::conditional_t<std::is_same_v<From, double> && std::is_same_v<To, double>,
+                                  double, float>;
+  converted.resize(count * sizeof(To));
+  const auto* from = static_cast<const From*>(data);
+  auto* to = reinterpret_cast<To*>(converted.data());
+  for (std::size_t i = 0; i < count; ++i) to[i] = store_as<To>(load_as<Real>(from[i]));
+}
+
+void convert(const void* data, std::size_t bytes, DType from, DType to,
+             std::vector<std::byte>& converted) {
+  with_type(from, [&]<class From>(From) {
+    with_type(to, [&]<class To>(To) {
+      convert<From, To>(data, bytes / sizeof(From), converted);
+    });
+  });
+}
+
+/// The rule's own text for it, which lives for ever.
+std::string_view slot_name(const std::string& name) {
+  std::string_view found;
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (const std::string_view slot : rule_info(rule).slots) {
+      if (slot == name) found = slot;
+    }
+  }
+  return found;
+}
+
+DType dtype_of_name(const std::string& name) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw InvalidArgument("there is no conversion from " + name);
+}
+
+}  // namespace
+
+// ---- the engine's state as a source --------------------------------------------------------------
+
+EngineSource::EngineSource(Engine& engine, bool values, std::span<const Stream> streams)
+    : engine_(engine), streams_(streams) {
+  engine_.refuse_if_broken();
+  engine_.check({.streams = streams});
+  for (const GroupRecord& group : engine_.groups_) description_.groups.push_back(describe(group));
+  for (int i = 0; i < static_cast<int>(engine_.parameters_.size()); ++i) {
+    description_.parameters.push_back(describe(i, values));
+  }
+}
+
+EngineSource::~EngineSource() {
+  for (const auto& device : engine_.devices_) device->backend->end_reading();
+}
+
+GroupDescription EngineSource::describe(const GroupRecord& group) {
+  GroupDescription description;
+  description.name = group.name;
+  description.rule = rule_name(group.hyper);
+  Hyper hyper = group.hyper;
+  std::visit([&](auto& settings) { settings.lr = learning_rate_now(group); }, hyper);
+  description.hyper = to_json(hyper);
+  if (group.initial_lr) description.hyper[kInitialLr] = number_to_json(*group.initial_lr);
+  description.unknown = kept_json(group.kept);
+  if (const auto kept = description.unknown.find(kHyper); kept != description.unknown.end()) {
+    description.hyper.update(*kept);
+    description.unknown.erase(kept);
+  }
+  return description;
+}
+
+double EngineSource::learning_rate_now(const GroupRecord& group) {
+  const TensorView& source = group.lr_source;
+  if (!source.present) return learning_rate(group.hyper);
+  double lr = 0;
+  const auto first = static_cast<std::size_t>(group.parameters.front());
+  Backend& backend = *engine_.device_of(engine_.parameters_[first]).backend;
+  engine_.on_device([&] {
+    lr = backend.read_scalar(source.data, source.dtype == DType::kFloat64,
+                             stream_of(streams_, source.device));
+  });
+  return lr;
+}
+
+ParameterDescription EngineSource::describe(int index, bool value) {
+  const ParameterRecord& record = engine_.parameters_[static_cast<std::size_t>(index)];
+  const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(record.group)];
+  const StepState state = engine_.read_state(index);
+  ParameterDescription description;
+  description.name = record.name;
+  description.group = record.group;
+  description.value = describe_tensor(record.value.dtype, record.value);
+  description.frozen = record.frozen;
+  description.step = static_cast<double>(state.step);
+  // One that no step has filled yet is none, as in torch.
+  const bool counts_filling = std::holds_alternative<SgdHyper>(group.hyper);
+  for (const Slot& slot : record.slots) {
+    if (counts_filling && slot.name == kMomentumBuffer && state.buffer_filled == 0) continue;
+    description.slots[std::string(slot.name)] = describe_tensor(slot.dtype, record.value);
+  }
+  if (value) description.slots[kValue] = description.value;
+  description.unknown = kept_json(record.kept);
+  description.slot_dtypes = {std::string(name_of(slot_dtype(group, record.value.dtype)))};
+  description.slot_shape = record.value.shape;
+  return description;
+}
+
+void EngineSource::read(int index, const std::string& name, const TakePiece& take) {
+  const ParameterRecord& record = engine_.parameters_[static_cast<std::size_t>(index)];
+  const TensorView memory = name == kValue ? record.value : engine_.slot(index, name);
+  Backend& backend = *engine_.device_of(record).backend;
+  const auto* data = static_cast<const std::byte*>(memory.data);
+  for (std::size_t done = 0; done < memory.bytes(); done += kPieceBytes) {
+    const std::size_t bytes = std::min(kPieceBytes, memory.bytes() - done);
+    const void* piece = nullptr;
+    engine_.on_device(
+        [&] { piece = backend.read(data + done, bytes, stream_of(streams_, memory.device)); });
+    take(piece, bytes);
+  }
+}
+
+// ---- loading ------------------------------------------------------------------------------------
+
+LoadReport EngineLoader::load(StateSource& source, bool by_position) {
+  const DefaultFpEnvironment environment;
+  const EngineSource here(engine_, false, options_.streams);
+  const Description saved = renamed(source.description());
+  Match matched =
+      match(saved, here.description(),
+            {options_.what, options_.convert, options_.values, by_position});
+  matched.report.metadata = source.metadata();
+  if (options_.strict && !matched.report.complete()) throw LoadError(std::move(matched.report));
+
+  if (options_.what != LoadWhat::kState) read_settings(saved, matched.settings);
+  read_parameters(saved, matched.parameters);
+  list_transfers(saved, matched.parameters);
+  verify_what_is_overwritten(source);
+  make_room();
+  try {
+    transfer(source);
+  } catch (const std::exception& error) {
+    give_room_back();
+    if (overwriting_ && engine_.broken_.empty()) {
+      engine_.broken_ = std::string("a load failed while it replaced state: ") + error.what();
+    }
+    throw;
+  }
+  commit(source.metadata());
+  return std::move(matched.report);
+}
+
+Description EngineLoader::renamed(const Description& saved) const {
+  Description result = saved;
+  if (!options_.rename) return result;
+  std::set<std::string> names;
+  for (ParameterDescription& parameter : result.parameters) {
+    std::string name = options_.rename(parameter.name);
+    if (!names.insert(name).second) {
+      throw InvalidArgument("rename: there are two parameters named '" + name + "', one of them '" +
+                            parameter.name + "'");
+    }
+    parameter.name = std::move(name);
+  }
+  return result;
+}
+
+void EngineLoader::read_settings(const Description& saved, const std::vector<int>& sources) {
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    if (sources[i] < 0) continue;
+    const GroupDescription& from = saved.groups[static_cast<std::size_t>(sources[i])];
+    const GroupRecord& group = engine_.groups_[i];
+    Settings settings{static_cast<int>(i), hyper_from_json(from.rule, from.hyper),
+                      group.initial_lr, {}};
+    validate(settings.hyper, "group '" + group.name + "'");
+    if (const auto lr = from.hyper.find(kInitialLr); lr != from.hyper.end()) {
+      settings.initial_lr = number_from_json(*lr, kInitialLr);
+    }
+    Json kept = from.unknown;
+    if (Json unknown = unknown_settings(from, settings.hyper); !unknown.empty()) {
+      kept[kHyper] = std::move(unknown);
+    }
+    settings.kept = kept_text(kept);
+    settings_.push_back(std::move(settings));
+  }
+}
+
+void EngineLoader::read_parameters(const Description& saved,
+                                   const std::vector<Match::Pair>& pairs) {
+  given_states_.resize(engine_.devices_.size());
+  for (const Match::Pair& pair : pairs) {
+    const ParameterDescription& from = saved.parameters[static_cast<std::size_t>(pair.saved)];
+    const bool has_settings = !saved.groups[static_cast<std::size_t>(from.group)].rule.empty();
+    const bool takes_frozen = options_.what == LoadWhat::kAll && has_settings;
+    const bool filled = from.slots.count(kMomentumBuffer) != 0;
+    Parameter parameter{pair.here,
+                        {static_cast<std::int64_t>(from.step.value_or(0)), filled ? 1 : 0},
+                        takes_frozen ? from.frozen : record(pair.here).frozen,
+                        kept_text(from.unknown),
+                        pair.slots};
+    ParameterRecord& to = record(pair.here);
+    to.spare_slots.reserve(kMaxSlots);
+    given_states_[static_cast<std::size_t>(to.device)][to.state] = parameter.state;
+    parameters_.push_back(std::move(parameter));
+  }
+}
+
+void EngineLoader::list_transfers(const Description& saved, const std::vector<Match::Pair>& pairs) {
+  for (const Match::Pair& pair : pairs) {
+    const ParameterDescription& from = saved.parameters[static_cast<std::size_t>(pair.saved)];
+    const ParameterRecord& to = record(pair.here);
+    const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(to.group)];
+    for (const std::string& name : pair.slots) {
+      const DType dtype =
+          name == kValue ? to.value.dtype : slot_dtype(group, to.value.dtype);
+      transfers_.push_back({pair.saved, pair.here, name, dtype_of_name(from.slots.at(name).dtype),
+                            dtype, nullptr, name == kValue || to.find_slot(name) != nullptr});
+    }
+  }
+}
+
+void EngineLoader::verify_what_is_overwritten(StateSource& source) {
+  for (const Transfer& t : transfers_) {
+    if (t.in_place) source.verify(t.saved, t.name);
+  }
+}
+
+/// For slots that are not there yet.
+void EngineLoader::make_room() {
+  std::vector<std::vector<StateStore::Wanted>> wanted(engine_.devices_.size());
+  for (const Transfer& t : transfers_) {
+    if (t.in_place) continue;
+    ParameterRecord& to = record(t.here);
+    wanted[static_cast<std::size_t>(to.device)].push_back(
+        {&to, {slot_name(t.name), t.to, nullptr, false}});
+  }
+  try {
+    engine_.on_device([&] {
+      for (std::size_t i = 0; i < wanted.size(); ++i) {
+        DeviceRecord& device = *engine_.devices_[i];
+        growths_.push_back(device.store->grow(std::move(wanted[i]), stream_for(device)));
+      }
+    });
+  } catch (...) {
+    give_room_back();
+    throw;
+  }
+}
+
+void EngineLoader::give_room_back() noexcept {
+  for (std::size_t i = 0; i < growths_.size(); ++i) {
+    DeviceRecord& device = *engine_.devices_[i];
+    device.store->undo(growths_[i], stream_for(device));
+  }
+}
+
+void EngineLoader::transfer(StateSource& source) {
+  std::vector<std::byte> converted;
+  for (const Transfer& t : transfers_) {
+    ParameterRecord& to = record(t.here);
+    auto* next = static_cast<std::byte*>(t.name == kValue ? to.value.data : to.slot(t.name).data);
+    source.read(t.saved, t.name, [&](const void* data, std::size_t bytes) {
+      if (t.from != t.to) {
+        convert(data, bytes, t.from, t.to, converted);
+        data = converted.data();
+        bytes = converted.size();
+      }
+      overwriting_ = overwriting_ || t.in_place;
+      engine_.on_device([&] {
+        DeviceRecord& device = device_of(t.here);
+        device.backend->write(next, data, bytes, stream_for(device));
+      });
+      next += bytes;
+    });
+  }
+}
+
+void EngineLoader::commit(Metadata metadata) noexcept {
+  for (Settings& settings : settings_) {
+    GroupRecord& group = engine_.groups_[static_cast<std::size_t>(settings.group)];
+    group.hyper = settings.hyper;
+    group.initial_lr = settings.initial_lr;
+    group.kept.swap(settings.kept);
+  }
+  for (Parameter& parameter : parameters_) {
+    ParameterRecord& to = record(parameter.here);
+    to.frozen = parameter.frozen;
+    to.kept.swap(parameter.kept);
+    // A slot that was not saved has no contents any more; its memory waits for the next step.
+    const auto was_taken = [&](const Slot& slot) {
+      return std::find(parameter.slots.begin(), parameter.slots.end(), slot.name) !=
+             parameter.slots.end();
+    };
+    const auto dropped = std::stable_partition(to.slots.begin(), to.slots.end(), was_taken);
+    std::copy_if(dropped, to.slots.end(), std::back_inserter(to.spare_slots),
+                 [](const Slot& slot) { return !slot.bound; });
+    to.slots.erase(dropped, to.slots.end());
+  }
+  for (std::size_t i = 0; i < given_states_.size(); ++i) {
+    DeviceRecord& device = *engine_.devices_[i];
+    for (const auto& [state, value] : given_states_[i]) device.given_states.erase(state);
+    device.given_states.merge(given_states_[i]);
+  }
+  for (const auto& device : engine_.devices_) {
+    device->members_changed = device->hypers_changed = true;
+  }
+  engine_.metadata_.swap(metadata);
+}
+
+}  // namespace fusestep::detail

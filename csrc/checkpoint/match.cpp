@@ -1,0 +1,255 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint/match.h"
+
+#include <algorithm>
+#include <array>
+#include <set>
+#include <unordered_map>
+
+#include "fusestep/detail/rule_list.h"
+#include "fusestep/error.h"
+#include "fusestep/tensor_view.h"
+
+namespace fusestep::detail {
+namespace {
+
+constexpr std::string_view kValue = "value";
+
+/// Of torch's groups: how another program wanted to step. They steer nothing here.
+constexpr std::array<std::string_view, 4> kExecutionFlags = {"foreach", "fused", "capturable",
+                                                             "differentiable"};
+
+bool is_one_of(const auto& names, std::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+/// Every slot that some variant of the rule has.
+std::set<std::string_view> slots_of_rule(std::string_view rule) {
+  std::set<std::string_view> names;
+  Rules::for_each([&]<int kIndex, class R>() {
+    if (R::Hyper::kRule != canonical_rule(rule)) return;
+    const SlotNames variant = rule_info(kIndex).slots;
+    names.insert(variant.begin(), variant.end());
+  });
+  return names;
+}
+
+std::string tensor_text(const TensorDescription& tensor) {
+  return tensor.dtype + " " + to_string(tensor.shape);
+}
+
+std::string json_text(const Json& object, const std::string& key) {
+  const auto found = object.find(key);
+  return found == object.end() ? "" : found->dump();
+}
+
+class Matcher {
+ public:
+  Matcher(const Description& saved, const Description& here, const MatchOptions& options)
+      : saved_(saved), here_(here), options_(options) {}
+
+  Match run() {
+    pair_up();
+    match_settings();
+    if (options_.what != LoadWhat::kHyper) {
+      for (Match::Pair& pair : paired_) take_state(pair);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  const ParameterDescription& saved(const Match::Pair& pair) const {
+    return saved_.parameters[static_cast<std::size_t>(pair.saved)];
+  }
+  const ParameterDescription& here(const Match::Pair& pair) const {
+    return here_.parameters[static_cast<std::size_t>(pair.here)];
+  }
+  const GroupDescription& group_here(int index) const {
+    return here_.groups[static_cast<std::size_t>(index)];
+  }
+  const GroupDescription& saved_group(int index) const {
+    return saved_.groups[static_cast<std::size_t>(index)];
+  }
+
+  void pair_up() {
+    if (options_.by_position) return pair_by_position();
+    std::unordered_map<std::string_view, int> positions;
+    for (std::size_t i = 0; i < saved_.parameters.size(); ++i) {
+      positions.emplace(saved_.parameters[i].name, static_cast<int>(i));
+    }
+    std::vector<bool> known(saved_.parameters.size());
+    for (std::size_t i = 0; i < here_.parameters.size(); ++i) {
+      const auto found = positions.find(here_.parameters[i].name);
+      if (found == positions.end()) {
+        result_.report.missing.push_back(here_.parameters[i].name);
+        continue;
+      }
+      known[static_cast<std::size_t>(found->second)] = true;
+      paired_.push_back({found->second, static_cast<int>(i)});
+    }
+    for (std::size_t i = 0; i < known.size(); ++i) {
+      if (!known[i]) result_.report.unexpected.push_back(saved_.parameters[i].name);
+    }
+  }
+
+  /// torch's two checks, in its words.
+  void pair_by_position() {
+    if (saved_.groups.size() != here_.groups.size()) {
+      throw InvalidArgument("loaded state dict has a different number of parameter groups");
+    }
+    const auto groups_of = [](const Description& description) {
+      std::vector<int> groups;
+      for (const ParameterDescription& parameter : description.parameters) {
+        groups.push_back(parameter.group);
+      }
+      return groups;
+    };
+    if (groups_of(saved_) != groups_of(here_)) {
+      throw InvalidArgument(
+          "loaded state dict contains a parameter group that doesn't match the size of "
+          "optimizer's group");
+    }
+    for (int i = 0; i < static_cast<int>(here_.parameters.size()); ++i) paired_.push_back({i, i});
+  }
+
+  /// A group takes the settings its parameters had, where all that were saved had the same.
+  void match_settings() {
+    result_.settings.assign(here_.groups.size(), -1);
+    other_rule_.assign(here_.groups.size(), false);
+    for (const Match::Pair& pair : paired_) {
+      int& from = result_.settings[static_cast<std::size_t>(here(pair).group)];
+      const int group = saved(pair).group;
+      if (from < 0) from = group;
+      if (from == group || from == kSeveral) continue;
+      if (saved_group(from).hyper != saved_group(group).hyper) from = kSeveral;
+    }
+    for (int i = 0; i < static_cast<int>(here_.groups.size()); ++i) {
+      int& from = result_.settings[static_cast<std::size_t>(i)];
+      if (from == -1) continue;
+      const GroupDescription& group = group_here(i);
+      if (from == kSeveral) {
+        if (options_.what != LoadWhat::kState) {
+          report(group.name, "settings", "of several groups", "of one group");
+        }
+        from = -1;
+        continue;
+      }
+      const GroupDescription& source = saved_group(from);
+      if (source.rule.empty()) {  // a file of another program has no settings
+        from = -1;
+        continue;
+      }
+      if (canonical_rule(source.rule) != canonical_rule(group.rule)) {
+        report(group.name, "rule", source.rule, group.rule);
+        other_rule_[static_cast<std::size_t>(i)] = true;
+        from = -1;
+        continue;
+      }
+      compare_settings(group, source);
+      if (options_.what == LoadWhat::kState) from = -1;
+    }
+  }
+
+  void compare_settings(const GroupDescription& group, const GroupDescription& source) {
+    std::set<std::string> keys;
+    for (const auto& [key, value] : group.hyper.items()) keys.insert(key);
+    for (const auto& [key, value] : source.hyper.items()) keys.insert(key);
+    for (const std::string& key : keys) {
+      if (is_one_of(kExecutionFlags, key)) continue;
+      const std::string was = json_text(source.hyper, key), is = json_text(group.hyper, key);
+      if (was == is || (!was.empty() && !is.empty() && source.hyper[key] == group.hyper[key])) {
+        continue;
+      }
+      const bool taken = options_.what != LoadWhat::kState && !was.empty();
+      result_.report.hyper.push_back({group.name, key, was, is, taken});
+    }
+  }
+
+  /// All of a parameter's state, or nothing of it where something does not fit. A slot too many is
+  /// passed over, one too few starts at zero.
+  void take_state(Match::Pair& pair) {
+    const ParameterDescription& from = saved(pair);
+    const ParameterDescription& to = here(pair);
+    const GroupDescription& group = group_here(to.group);
+    const std::string& saved_rule = saved_group(from.group).rule;
+    if (!saved_rule.empty() && canonical_rule(saved_rule) != canonical_rule(group.rule)) {
+      if (!other_rule_[static_cast<std::size_t>(to.group)]) {
+        report(to.name, "rule", saved_rule, group.rule);
+      }
+      return;
+    }
+    if (from.value.shape != to.value.shape) {
+      report(to.name, "shape", to_string(from.value.shape), to_string(to.value.shape));
+      return;
+    }
+    const std::size_t before = result_.report.mismatched.size();
+    const std::set<std::string_view> known = slots_of_rule(group.rule);
+    for (const auto& [name, slot] : from.slots) {
+      const std::string text = to.name + "/" + name;
+      if (name == kValue) {
+        if (!options_.values) continue;
+        check_tensor(text, slot, to.value.shape, {to.value.dtype});
+      } else if (known.count(name) != 0) {
+        check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
+      } else {
+        result_.report.unexpected.push_back(text);
+        continue;
+      }
+      pair.slots.push_back(name);
+    }
+    report_missing_slots(from, to, group);
+    if (result_.report.mismatched.size() != before) return;
+    result_.report.loaded.push_back(to.name);
+    result_.parameters.push_back(std::move(pair));
+  }
+
+  void check_tensor(const std::string& text, const TensorDescription& slot,
+                    const std::vector<std::int64_t>& shape,
+                    const std::vector<std::string>& dtypes) {
+    if (slot.shape != shape) {
+      report(text, "shape", to_string(slot.shape), to_string(shape));
+    } else if (is_one_of(dtypes, slot.dtype)) {
+      return;
+    } else if (options_.convert) {
+      result_.report.converted.push_back(text);
+    } else {
+      report(text, "dtype", slot.dtype, dtypes.empty() ? "none" : dtypes.front());
+    }
+  }
+
+  /// One that has stepped has every slot its variant steps with.
+  void report_missing_slots(const ParameterDescription& from, const ParameterDescription& to,
+                            const GroupDescription& group) {
+    const auto is_slot = [](const auto& slot) { return slot.first != kValue; };
+    if (std::none_of(from.slots.begin(), from.slots.end(), is_slot)) return;
+    const int settings = result_.settings[static_cast<std::size_t>(to.group)];
+    const Hyper hyper =
+        hyper_from_json(group.rule, settings < 0 ? group.hyper : saved_group(settings).hyper);
+    for (const std::string_view name : rule_info(find_rule(hyper)).slots) {
+      const std::string key(name);
+      if (from.slots.count(key) == 0) result_.report.missing.push_back(to.name + "/" + key);
+    }
+  }
+
+  void report(const std::string& name, const char* what, std::string saved, std::string here) {
+    result_.report.mismatched.push_back({name, what, std::move(saved), std::move(here)});
+  }
+
+  static constexpr int kSeveral = -2;
+
+  const Description& saved_;
+  const Description& here_;
+  const MatchOptions& options_;
+  std::vector<Match::Pair> paired_;
+  std::vector<bool> other_rule_;  // groups here whose parameters were saved by another rule
+  Match result_;
+};
+
+}  // namespace
+
+Match match(const Description& saved, const Description& here, const MatchOptions& options) {
+  return Matcher(saved, here, options).run();
+}
+
+}  // namespace fusestep::detail

@@ -1,0 +1,37 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Whatever state can be taken from: an optimizer, a file, a StateDict. Saving, loading and copying
+// are written once over it.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+
+#include "checkpoint/description.h"
+#include "fusestep/detail/backend.h"
+#include "fusestep/state_dict.h"
+
+namespace fusestep::detail {
+
+/// Bytes that are in memory at a time beside what is copied from and to: the bound of the extra
+/// memory a save or a load needs.
+inline constexpr std::size_t kPieceBytes = kReadBytes;
+
+/// The next bytes of a tensor.
+using TakePiece = std::function<void(const void* data, std::size_t bytes)>;
+
+class StateSource {
+ public:
+  virtual ~StateSource() = default;
+  virtual const Description& description() const = 0;
+  virtual const Metadata& metadata() const = 0;
+  /// All bytes of a slot that the description names, front to back, in pieces of at most
+  /// kPieceBytes. What cannot be trusted throws at the end of the slot.
+  virtual void read(int parameter, const std::string& slot, const TakePiece& take) = 0;
+  /// Throws what read() would throw.
+  virtual void verify(int parameter, const std::string& slot) = 0;
+};
+
+}  // namespace fusestep::detail

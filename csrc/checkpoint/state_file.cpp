@@ -1,0 +1,256 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint/state_file.h"
+
+#include <array>
+
+#include "fusestep/error.h"
+
+namespace fusestep::detail {
+namespace {
+
+constexpr std::string_view kReserved = "fusestep.";
+constexpr const char* kGroups = "fusestep.groups";
+
+/// torch's names of dtypes and those of safetensors. Complex numbers are stored as pairs of reals.
+struct DTypeNames {
+  std::string_view torch, file;
+};
+constexpr std::array<DTypeNames, 13> kDTypes = {{{"float32", "F32"},
+                                                 {"float64", "F64"},
+                                                 {"bfloat16", "BF16"},
+                                                 {"float16", "F16"},
+                                                 {"int64", "I64"},
+                                                 {"int32", "I32"},
+                                                 {"int16", "I16"},
+                                                 {"int8", "I8"},
+                                                 {"uint8", "U8"},
+                                                 {"uint16", "U16"},
+                                                 {"uint32", "U32"},
+                                                 {"uint64", "U64"},
+                                                 {"bool", "BOOL"}}};
+
+std::string file_dtype(const std::string& torch, const std::string& tensor) {
+  for (const DTypeNames& names : kDTypes) {
+    if (names.torch == torch) return std::string(names.file);
+  }
+  throw InvalidArgument("'" + tensor + "' cannot be saved: safetensors has no dtype for " + torch);
+}
+
+/// Dtypes that have no name here keep the file's, and fit nowhere.
+std::string torch_dtype(const std::string& file) {
+  for (const DTypeNames& names : kDTypes) {
+    if (names.file == file) return std::string(names.torch);
+  }
+  return file;
+}
+
+bool is_step_of_plain_file(const TensorInfo& tensor, const std::string& slot) {
+  std::int64_t elements = 1;
+  for (const std::int64_t extent : tensor.shape) elements *= extent;
+  return slot == "step" && elements == 1;
+}
+
+bool is_ours(const Metadata& metadata) { return metadata.count("fusestep.version") != 0; }
+
+}  // namespace
+
+std::string escape_name(std::string_view name) {
+  constexpr char digits[] = "0123456789ABCDEF";
+  std::string escaped;
+  for (const char c : name) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '%' || c == '/' || byte < 0x20 || byte == 0x7f) {
+      escaped += {'%', digits[byte >> 4], digits[byte & 15]};
+    } else {
+      escaped += c;
+    }
+  }
+  return escaped;
+}
+
+std::string unescape_name(std::string_view escaped) {
+  const auto digit = [](char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+  };
+  std::string name;
+  for (std::size_t i = 0; i < escaped.size(); ++i) {
+    if (escaped[i] == '%' && i + 2 < escaped.size() && digit(escaped[i + 1]) >= 0 &&
+        digit(escaped[i + 2]) >= 0) {
+      name += static_cast<char>(digit(escaped[i + 1]) * 16 + digit(escaped[i + 2]));
+      i += 2;
+    } else {
+      name += escaped[i];
+    }
+  }
+  return name;
+}
+
+void check_user_metadata(const Metadata& metadata) {
+  for (const auto& [key, value] : metadata) {
+    if (key.starts_with(kReserved)) {
+      throw InvalidArgument("metadata: keys that begin with 'fusestep.' are reserved, got '" + key +
+                            "'");
+    }
+  }
+}
+
+// ---- reading ------------------------------------------------------------------------------------
+
+StateFileReader::StateFileReader(const std::filesystem::path& path)
+    : path_(path.string()), file_(path), metadata_(file_.metadata()) {
+  if (is_ours(metadata_)) {
+    describe_by_metadata();
+  } else {
+    describe_by_names();
+  }
+  add_slots();
+  for (const char* key : {"fusestep.version", "fusestep.crc32c", "fusestep.header_crc32c",
+                          static_cast<const char*>(kGroups)}) {
+    metadata_.erase(key);
+  }
+}
+
+void StateFileReader::describe_by_metadata() {
+  const auto groups = metadata_.find(kGroups);
+  if (groups == metadata_.end()) {
+    throw FileError(path_ + ": the metadata '" + kGroups + "' is missing");
+  }
+  try {
+    description_ = description_from_json(parse_json(groups->second, kGroups));
+  } catch (const InvalidArgument& error) {
+    throw FileError(path_ + ": " + error.what());
+  }
+}
+
+/// A file of other programs: one group without settings, of the parameters that tensors belong to.
+/// A tensor `<parameter>/step` of one number is its step count.
+void StateFileReader::describe_by_names() {
+  std::map<std::string, std::size_t> known;
+  for (std::size_t i = 0; i < file_.tensors().size(); ++i) {
+    const TensorInfo& tensor = file_.tensors()[i];
+    const std::size_t end = tensor.name.rfind('/');
+    if (end == std::string::npos) continue;
+    const std::string slot = tensor.name.substr(end + 1);
+    const std::string name = unescape_name(tensor.name.substr(0, end));
+    const auto [found, is_new] = known.emplace(name, description_.parameters.size());
+    if (is_new) {
+      description_.parameters.emplace_back();
+      description_.parameters.back().name = name;
+    }
+    ParameterDescription& parameter = description_.parameters[found->second];
+    if (is_step_of_plain_file(tensor, slot)) {
+      parameter.step = read_number(i);
+    } else if (parameter.value.dtype.empty() || slot == "value") {
+      parameter.value = {torch_dtype(tensor.dtype), tensor.shape};
+    }
+  }
+  if (description_.parameters.empty()) {
+    throw FileError(path_ + ": no tensor is named '<parameter>/<slot>'");
+  }
+  description_.groups.push_back({});
+}
+
+void StateFileReader::add_slots() {
+  std::map<std::string, int> positions;
+  for (std::size_t i = 0; i < description_.parameters.size(); ++i) {
+    positions.emplace(description_.parameters[i].name, static_cast<int>(i));
+  }
+  const bool ours = is_ours(metadata_);
+  for (std::size_t i = 0; i < file_.tensors().size(); ++i) {
+    const TensorInfo& tensor = file_.tensors()[i];
+    const std::size_t end = tensor.name.rfind('/');
+    const auto found = end == std::string::npos
+                           ? positions.end()
+                           : positions.find(unescape_name(tensor.name.substr(0, end)));
+    if (found == positions.end()) {
+      if (!ours) continue;
+      throw FileError(path_ + ": tensor '" + tensor.name + "' belongs to no parameter");
+    }
+    const std::string slot = tensor.name.substr(end + 1);
+    if (!ours && is_step_of_plain_file(tensor, slot)) continue;
+    description_.parameters[static_cast<std::size_t>(found->second)].slots[slot] = {
+        torch_dtype(tensor.dtype), tensor.shape};
+    tensors_[{found->second, slot}] = i;
+  }
+}
+
+double StateFileReader::read_number(std::size_t tensor) {
+  const TensorInfo& info = file_.tensors()[tensor];
+  const auto number = [&]<class T>(T value) {
+    file_.read(tensor, 0, &value, sizeof value);
+    return static_cast<double>(value);
+  };
+  if (info.dtype == "F32") return number(0.0f);
+  if (info.dtype == "F64") return number(0.0);
+  if (info.dtype == "I64") return number(std::int64_t{0});
+  if (info.dtype == "I32") return number(std::int32_t{0});
+  throw FileError(path_ + ": tensor '" + info.name + "' must be of F32, F64, I64 or I32, got " +
+                  info.dtype);
+}
+
+std::size_t StateFileReader::tensor(int parameter, const std::string& slot) const {
+  return tensors_.at({parameter, slot});
+}
+
+void StateFileReader::read(int parameter, const std::string& slot, const TakePiece& take) {
+  file_.read_all(tensor(parameter, slot), kPieceBytes, take);
+}
+
+void StateFileReader::verify(int parameter, const std::string& slot) {
+  file_.verify(tensor(parameter, slot));
+}
+
+// ---- writing ------------------------------------------------------------------------------------
+
+StateFileWriter::StateFileWriter(const std::filesystem::path& path, const Description& description,
+                                 const Metadata& metadata)
+    : StateFileWriter(path, contents(description, metadata)) {}
+
+StateFileWriter::StateFileWriter(const std::filesystem::path& path, Contents contents)
+    : tensors_(std::move(contents.positions)),
+      file_(path, std::move(contents.metadata), std::move(contents.tensors)) {}
+
+StateFileWriter::Contents StateFileWriter::contents(const Description& description,
+                                                    const Metadata& metadata) {
+  Contents contents;
+  contents.metadata = metadata;
+  try {
+    contents.metadata[kGroups] = to_json(description, false).dump();
+  } catch (const Json::exception&) {
+    throw InvalidArgument("names and settings in a file must be valid UTF-8");
+  }
+  for (std::size_t i = 0; i < description.parameters.size(); ++i) {
+    const ParameterDescription& parameter = description.parameters[i];
+    for (const auto& [slot, tensor] : parameter.slots) {
+      const std::string name = escape_name(parameter.name) + "/" + slot;
+      contents.positions[{static_cast<int>(i), slot}] = contents.tensors.size();
+      contents.tensors.push_back({name, file_dtype(tensor.dtype, name), tensor.shape, 0, 0});
+    }
+  }
+  return contents;
+}
+
+void StateFileWriter::write(int parameter, const std::string& slot, const void* data,
+                            std::size_t bytes) {
+  file_.write(tensors_.at({parameter, slot}), data, bytes);
+}
+
+void write_file(StateSource& source, const Metadata& more, const std::filesystem::path& path) {
+  check_user_metadata(more);
+  Metadata metadata = source.metadata();
+  for (const auto& [key, value] : more) metadata[key] = value;
+  const Description& description = source.description();
+  StateFileWriter file(path, description, metadata);
+  for (std::size_t i = 0; i < description.parameters.size(); ++i) {
+    for (const auto& [slot, tensor] : description.parameters[i].slots) {
+      const int parameter = static_cast<int>(i);
+      source.read(parameter, slot, [&, &name = slot](const void* data, std::size_t bytes) {
+        file.write(parameter, name, data, bytes);
+      });
+    }
+  }
+  file.commit();
+}
+
+}  // namespace fusestep::detail

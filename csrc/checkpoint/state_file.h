@@ -1,0 +1,74 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// State in safetensors files: a slot is the tensor `<parameter>/<slot>`, all else is metadata. See
+// docs/files.md.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "checkpoint/source.h"
+#include "files/safetensors.h"
+
+namespace fusestep::detail {
+
+class StateFileReader final : public StateSource {
+ public:
+  explicit StateFileReader(const std::filesystem::path& path);
+
+  const Description& description() const override { return description_; }
+  const Metadata& metadata() const override { return metadata_; }
+  void read(int parameter, const std::string& slot, const TakePiece& take) override;
+  void verify(int parameter, const std::string& slot) override;
+
+ private:
+  void describe_by_metadata();
+  void describe_by_names();
+  void add_slots();
+  double read_number(std::size_t tensor);
+  std::size_t tensor(int parameter, const std::string& slot) const;
+
+  std::string path_;
+  SafetensorsReader file_;
+  Description description_;
+  Metadata metadata_;  // without what the description was made from
+  std::map<std::pair<int, std::string>, std::size_t> tensors_;
+};
+
+class StateFileWriter {
+ public:
+  StateFileWriter(const std::filesystem::path& path, const Description& description,
+                  const Metadata& metadata);
+  /// The next bytes of a slot.
+  void write(int parameter, const std::string& slot, const void* data, std::size_t bytes);
+  /// The file is there, whole and on disk, when this returns.
+  void commit() { file_.commit(); }
+
+ private:
+  struct Contents {
+    Metadata metadata;
+    std::vector<TensorInfo> tensors;
+    std::map<std::pair<int, std::string>, std::size_t> positions;
+  };
+  static Contents contents(const Description& description, const Metadata& metadata);
+  StateFileWriter(const std::filesystem::path& path, Contents contents);
+
+  std::map<std::pair<int, std::string>, std::size_t> tensors_;
+  SafetensorsWriter file_;
+};
+
+void write_file(StateSource& source, const Metadata& more, const std::filesystem::path& path);
+
+/// Keys that begin with "fusestep." are not the user's: throws InvalidArgument.
+void check_user_metadata(const Metadata& metadata);
+
+/// '%', '/' and control characters as %XX, so that the last '/' of a tensor's name ends the
+/// parameter's.
+std::string escape_name(std::string_view name);
+std::string unescape_name(std::string_view escaped);
+
+}  // namespace fusestep::detail
