@@ -22,7 +22,13 @@ add_library(fusestep
   csrc/validate.cpp
   csrc/cpu/backend_cpu.cpp
   csrc/cpu/instruction_set.cpp
-  csrc/cpu/thread_pool.cpp)
+  csrc/cpu/thread_pool.cpp
+  csrc/files/atomic_file.cpp
+  csrc/files/crc32c.cpp
+  csrc/files/file_descriptor.cpp
+  csrc/files/header.cpp
+  csrc/files/safetensors_reader.cpp
+  csrc/files/safetensors_writer.cpp)
 add_library(fusestep::fusestep ALIAS fusestep)
 set_target_properties(fusestep PROPERTIES
   VERSION ${PROJECT_VERSION}

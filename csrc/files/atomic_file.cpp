@@ -1,0 +1,141 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#include "atomic_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <random>
+
+#include "fusestep/error.h"
+
+namespace fusestep::detail {
+namespace {
+
+static_assert(sizeof(off_t) == 8, "files may be larger than 2 GiB");
+
+std::filesystem::path resolve_links(const std::filesystem::path& path) {
+  std::filesystem::path target = path;
+  for (int links = 0; links < 40; ++links) {
+    std::error_code error;
+    const std::filesystem::path next = std::filesystem::read_symlink(target, error);
+    if (error) return target;  // not a link: a file, or nothing yet
+    target = target.parent_path() / next;
+  }
+  throw_file_error(path, "cannot be written", ELOOP);
+}
+
+/// Names differ between processes, threads and calls; O_EXCL has the last word.
+std::string temporary_name(const std::string& name) {
+  std::random_device random;
+  char suffix[32];
+  std::snprintf(suffix, sizeof suffix, ".%08x%08x.tmp", random(), random());
+  constexpr std::size_t limit = 255 - 24;  // of a name, on every common file system
+  return name.substr(0, limit) + suffix;
+}
+
+int sync_to_disk(int file) {
+#if defined(F_FULLFSYNC)
+  // What macOS calls fsync leaves data in the drive's cache. Not every file system has more.
+  if (fcntl(file, F_FULLFSYNC) == 0) return 0;
+#endif
+  return uninterrupted([&] { return fsync(file); });
+}
+
+}  // namespace
+
+AtomicFile::AtomicFile(const std::filesystem::path& path)
+    : path_(path), target_(resolve_links(path)) {
+  open_directory();
+  create_temporary();
+}
+
+AtomicFile::~AtomicFile() { remove_temporary(); }
+
+void AtomicFile::remove_temporary() noexcept {
+  if (!temporary_.empty()) unlinkat(directory_.get(), temporary_.c_str(), 0);
+  temporary_.clear();
+}
+
+/// Held open: the directory may be renamed while we write, and it must be possible to sync it.
+void AtomicFile::open_directory() {
+  const std::filesystem::path parent = target_.has_parent_path() ? target_.parent_path() : ".";
+  directory_ = FileDescriptor(
+      uninterrupted([&] { return open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  if (!directory_.is_open()) throw_file_error(path_, "cannot open its directory", errno);
+}
+
+/// Nothing if there is no target. Throws if it must not be replaced.
+std::optional<mode_t> AtomicFile::target_permissions() const {
+  const std::string name = target_.filename().string();
+  struct stat target {};
+  if (fstatat(directory_.get(), name.c_str(), &target, AT_SYMLINK_NOFOLLOW) != 0) {
+    if (errno != ENOENT) throw_file_error(path_, "cannot be written", errno);
+    return {};
+  }
+  if (S_ISDIR(target.st_mode)) throw_file_error(path_, "cannot be written", EISDIR);
+  if (!S_ISREG(target.st_mode)) throw FileError(where(path_) + ": is not a regular file");
+  // A rename would replace a file that is write-protected, too.
+  if (faccessat(directory_.get(), name.c_str(), W_OK, AT_EACCESS) != 0) {
+    throw_file_error(path_, "cannot be written", errno);
+  }
+  return static_cast<mode_t>(target.st_mode & 0777);
+}
+
+void AtomicFile::create_temporary() {
+  const std::string name = target_.filename().string();
+  if (name.empty()) throw_file_error(path_, "cannot be written", EISDIR);
+  const std::optional<mode_t> kept = target_permissions();
+  for (int attempts = 0; attempts < 100 && !file_.is_open(); ++attempts) {
+    temporary_ = temporary_name(name);
+    file_ = FileDescriptor(uninterrupted([&] {
+      return openat(directory_.get(), temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
+                    kept.value_or(0666));
+    }));
+    if (!file_.is_open() && errno != EEXIST) break;
+  }
+  if (!file_.is_open()) {
+    temporary_.clear();
+    throw_file_error(path_, "cannot create a temporary file beside it", errno);
+  }
+  if (!kept || fchmod(file_.get(), *kept) == 0) return;  // the umask may have taken some
+  const int error = errno;
+  remove_temporary();
+  throw_file_error(path_, "cannot set permissions", error);
+}
+
+void AtomicFile::write_at(std::uint64_t offset, const void* data, std::size_t bytes) {
+  const auto* from = static_cast<const char*>(data);
+  while (bytes > 0) {
+    // Some systems refuse more than 2 GiB in a call.
+    const std::size_t asked = std::min(bytes, std::size_t{1} << 30);
+    const ssize_t written =
+        uninterrupted([&] { return pwrite(file_.get(), from, asked, static_cast<off_t>(offset)); });
+    if (written < 0) throw_file_error(path_, "cannot write", errno);
+    if (written == 0) throw_file_error(path_, "cannot write", EIO);
+    from += written;
+    offset += static_cast<std::uint64_t>(written);
+    bytes -= static_cast<std::size_t>(written);
+  }
+}
+
+/// The order is the point. Data that is not on the disk before the rename may be missing from the
+/// file after a loss of power, and a rename is not on the disk before its directory is.
+void AtomicFile::commit() {
+  if (sync_to_disk(file_.get()) != 0) throw_file_error(path_, "cannot write it to the disk", errno);
+  const std::string name = target_.filename().string();
+  if (renameat(directory_.get(), temporary_.c_str(), directory_.get(), name.c_str()) != 0) {
+    throw_file_error(path_, "cannot rename the temporary file", errno);
+  }
+  temporary_.clear();
+  // Some file systems cannot sync a directory, and say EINVAL.
+  if (sync_to_disk(directory_.get()) != 0 && errno != EINVAL) {
+    throw_file_error(path_, "is written, but its directory cannot be synced", errno);
+  }
+}
+
+}  // namespace fusestep::detail

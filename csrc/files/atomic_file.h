@@ -1,0 +1,48 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A file that appears whole or not at all, whenever the process or the machine stops.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "file_descriptor.h"
+
+namespace fusestep::detail {
+
+/// Written beside its target under a name of its own, synced, and then renamed over the target,
+/// which stays as it was until then. A symbolic link is followed: the file it points to is
+/// replaced. Errors are FileErrors, and leave the target as it was unless they say otherwise.
+class AtomicFile {
+ public:
+  /// Creates the temporary file. It gets the permissions of the target where that exists.
+  explicit AtomicFile(const std::filesystem::path& path);
+  /// Removes the temporary file unless it was committed.
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write_at(std::uint64_t offset, const void* data, std::size_t bytes);
+
+  /// When it returns, the file stands under its name and survives a loss of power.
+  void commit();
+
+ private:
+  void open_directory();
+  std::optional<mode_t> target_permissions() const;
+  void create_temporary();
+  void remove_temporary() noexcept;
+
+  const std::filesystem::path path_;    // as the caller has it, for messages
+  const std::filesystem::path target_;  // without symbolic links
+  FileDescriptor directory_, file_;
+  std::string temporary_;  // its name in the directory; empty: there is none
+};
+
+}  // namespace fusestep::detail
