@@ -34,7 +34,7 @@ struct ParameterRecord {
   std::vector<Slot> slots;
   std::vector<Slot> spare_slots;  // memory a load has left without use
   std::string kept;               // JSON: what a loaded file said of it and we do not know
-  void* step_tensor = nullptr;  // the caller's count, see PrepareRow
+  void* step_tensor = nullptr;    // the caller's count, see PrepareRow
   bool step_is_double = false;
   bool frozen = false;
   bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads

@@ -21,7 +21,7 @@ class StateStore {
 
   struct Wanted {
     ParameterRecord* parameter;
-    Slot slot;  // without an address
+    Slot slot;           // without an address
     bool spare = false;  // it had memory that lay idle
   };
   struct Growth {

@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "fusestep/detail/hyper_fields.h"
 #include "fusestep/fusestep.h"
+#include "state_files.h"
 #include "torch_stepper.h"
 
 namespace py = pybind11;
@@ -36,9 +38,20 @@ py::tuple memory_of(const TensorView& view) {
                         std::string(name_of(view.dtype)), py::tuple(py::cast(view.shape)), device);
 }
 
-template <class T>
-void take(const py::dict& given, const char* name, T& field) {
-  if (given.contains(name)) field = given[name].cast<T>();
+py::dict dict_of(const Hyper& hyper) {
+  py::dict settings;
+  std::visit(
+      [&](const auto& h) {
+        detail::for_each_field(h, [&](const char* name, const auto& field) {
+          if constexpr (std::is_array_v<std::remove_cvref_t<decltype(field)>>) {
+            settings[name] = py::make_tuple(field[0], field[1]);
+          } else {
+            settings[name] = field;
+          }
+        });
+      },
+      hyper);
+  return settings;
 }
 
 /// Refuses a setting the rule does not have: a misspelt one would silently do nothing.
@@ -49,87 +62,36 @@ void refuse_unknown(const std::string& rule, const py::dict& given, const py::di
   }
 }
 
-py::dict dict_of(const Hyper& hyper);
-
 Hyper hyper_of(const std::string& rule, const py::dict& given) {
-  const auto betas = [&](double(&field)[2]) {
-    if (!given.contains("betas")) return;
-    const auto pair = given["betas"].cast<std::pair<double, double>>();
-    field[0] = pair.first;
-    field[1] = pair.second;
-  };
-  if (rule == "Adam" || rule == "AdamW") {
-    AdamHyper h = rule == "AdamW" ? AdamHyper(AdamWHyper{}) : AdamHyper{};
-    refuse_unknown(rule, given, dict_of(h));
-    take(given, "lr", h.lr);
-    betas(h.betas);
-    take(given, "eps", h.eps);
-    take(given, "weight_decay", h.weight_decay);
-    take(given, "amsgrad", h.amsgrad);
-    take(given, "maximize", h.maximize);
-    take(given, "decoupled_weight_decay", h.decoupled_weight_decay);
-    return h;
+  Hyper hyper;
+  if (!detail::default_hyper(rule, hyper)) {
+    throw InvalidArgument("rule must be Adam, AdamW, SGD or RMSprop, got " + rule);
   }
-  if (rule == "SGD") {
-    SgdHyper h;
-    refuse_unknown(rule, given, dict_of(h));
-    take(given, "lr", h.lr);
-    take(given, "momentum", h.momentum);
-    take(given, "dampening", h.dampening);
-    take(given, "weight_decay", h.weight_decay);
-    take(given, "nesterov", h.nesterov);
-    take(given, "maximize", h.maximize);
-    return h;
-  }
-  if (rule == "RMSprop") {
-    RmspropHyper h;
-    refuse_unknown(rule, given, dict_of(h));
-    take(given, "lr", h.lr);
-    take(given, "alpha", h.alpha);
-    take(given, "eps", h.eps);
-    take(given, "weight_decay", h.weight_decay);
-    take(given, "momentum", h.momentum);
-    take(given, "centered", h.centered);
-    take(given, "maximize", h.maximize);
-    return h;
-  }
-  throw InvalidArgument("rule must be Adam, AdamW, SGD or RMSprop, got " + rule);
-}
-
-py::dict dict_of(const Hyper& hyper) {
-  py::dict d;
-  if (const auto* h = std::get_if<AdamHyper>(&hyper)) {
-    d["lr"] = h->lr;
-    d["betas"] = py::make_tuple(h->betas[0], h->betas[1]);
-    d["eps"] = h->eps;
-    d["weight_decay"] = h->weight_decay;
-    d["amsgrad"] = h->amsgrad;
-    d["maximize"] = h->maximize;
-    d["decoupled_weight_decay"] = h->decoupled_weight_decay;
-  } else if (const auto* h = std::get_if<SgdHyper>(&hyper)) {
-    d["lr"] = h->lr;
-    d["momentum"] = h->momentum;
-    d["dampening"] = h->dampening;
-    d["weight_decay"] = h->weight_decay;
-    d["nesterov"] = h->nesterov;
-    d["maximize"] = h->maximize;
-  } else if (const auto* h = std::get_if<RmspropHyper>(&hyper)) {
-    d["lr"] = h->lr;
-    d["alpha"] = h->alpha;
-    d["eps"] = h->eps;
-    d["weight_decay"] = h->weight_decay;
-    d["momentum"] = h->momentum;
-    d["centered"] = h->centered;
-    d["maximize"] = h->maximize;
-  }
-  return d;
+  refuse_unknown(rule, given, dict_of(hyper));
+  std::visit(
+      [&](auto& h) {
+        detail::for_each_field(h, [&](const char* name, auto& field) {
+          if (!given.contains(name)) return;
+          using Field = std::remove_cvref_t<decltype(field)>;
+          if constexpr (std::is_array_v<Field>) {
+            const auto pair = given[name].template cast<std::pair<double, double>>();
+            field[0] = pair.first;
+            field[1] = pair.second;
+          } else {
+            field = given[name].template cast<Field>();
+          }
+        });
+      },
+      hyper);
+  return hyper;
 }
 
 using Named = std::pair<std::string, py::object>;
 
 void bind_array_optimizer(py::module_& m) {
-  py::class_<Optimizer>(m, "ArrayOptimizer")
-      .def(py::init<>())
+  py::class_<Optimizer> optimizer(m, "ArrayOptimizer");
+  bind_state(optimizer);
+  optimizer.def(py::init<>())
       .def(
           "add_group",
           [](Optimizer& self, const std::string& name, const std::string& rule,
@@ -229,9 +191,13 @@ PYBIND11_MODULE(_core, m) {
   m.attr("DeviceError") =
       exception("fusestep.DeviceError",
                 "A device has failed; the optimizer that used it refuses further steps.", error);
+  m.attr("FileError") = exception(
+      "fusestep.FileError", "A file cannot be read or written, or is damaged. An OSError too.",
+      both(PyExc_OSError));
   static PyObject* const invalid = py::object(m.attr("InvalidArgument")).release().ptr();
   static PyObject* const memory = py::object(m.attr("OutOfMemory")).release().ptr();
   static PyObject* const device = py::object(m.attr("DeviceError")).release().ptr();
+  static PyObject* const file = py::object(m.attr("FileError")).release().ptr();
   static PyObject* const other = py::object(error).release().ptr();
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
@@ -242,12 +208,15 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(memory, e.what());
     } catch (const DeviceError& e) {
       PyErr_SetString(device, e.what());
+    } catch (const FileError& e) {
+      PyErr_SetString(file, e.what());
     } catch (const Error& e) {
       PyErr_SetString(other, e.what());
     }
   });
 
   bind_array_optimizer(m);
+  bind_state_files(m);
   py::class_<TorchStepper>(m, "TorchStepper")
       .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
       .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"))

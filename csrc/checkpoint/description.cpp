@@ -59,9 +59,8 @@ Json tensor_to_json(const TensorDescription& tensor) {
 }
 
 Json to_json(const ParameterDescription& parameter, bool with_slots) {
-  Json json = {{"name", parameter.name},
-               {"dtype", parameter.value.dtype},
-               {"shape", parameter.value.shape}};
+  Json json = {
+      {"name", parameter.name}, {"dtype", parameter.value.dtype}, {"shape", parameter.value.shape}};
   if (parameter.step) json["step"] = number_to_json(*parameter.step);
   if (parameter.frozen) json["frozen"] = true;
   if (with_slots) {

@@ -33,8 +33,8 @@ struct ParameterDescription {
   Json unknown = Json::object();                   // keys of a later version
 
   // Of an optimizer that state is to be loaded into:
-  std::vector<std::string> slot_dtypes;   // what a slot may have
-  std::vector<std::int64_t> slot_shape;   // value's, with a 2 at its end for complex ones
+  std::vector<std::string> slot_dtypes;  // what a slot may have
+  std::vector<std::int64_t> slot_shape;  // value's, with a 2 at its end for complex ones
 };
 
 struct GroupDescription {

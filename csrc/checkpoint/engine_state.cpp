@@ -57,8 +57,8 @@ void with_type(DType dtype, Visit&& visit) {
 /// To nearest, through float32 where the target is narrower.
 template <class From, class To>
 void convert(const void* data, std::size_t count, std::vector<std::byte>& converted) {
-  using Real = std::conditional_t<std::is_same_v<From, double> && std::is_same_v<To, double>,
-                                  double, float>;
+  using Real =
+      std::conditional_t<std::is_same_v<From, double> && std::is_same_v<To, double>, double, float>;
   converted.resize(count * sizeof(To));
   const auto* from = static_cast<const From*>(data);
   auto* to = reinterpret_cast<To*>(converted.data());
@@ -68,9 +68,7 @@ void convert(const void* data, std::size_t count, std::vector<std::byte>& conver
 void convert(const void* data, std::size_t bytes, DType from, DType to,
              std::vector<std::byte>& converted) {
   with_type(from, [&]<class From>(From) {
-    with_type(to, [&]<class To>(To) {
-      convert<From, To>(data, bytes / sizeof(From), converted);
-    });
+    with_type(to, [&]<class To>(To) { convert<From, To>(data, bytes / sizeof(From), converted); });
   });
 }
 
@@ -94,7 +92,8 @@ DType dtype_of_name(const std::string& name) {
 
 }  // namespace
 
-// ---- the engine's state as a source --------------------------------------------------------------
+// ---- the engine's state as a source
+// --------------------------------------------------------------
 
 EngineSource::EngineSource(Engine& engine, bool values, std::span<const Stream> streams)
     : engine_(engine), streams_(streams) {
@@ -182,9 +181,8 @@ LoadReport EngineLoader::load(StateSource& source, bool by_position) {
   const DefaultFpEnvironment environment;
   const EngineSource here(engine_, false, options_.streams);
   const Description saved = renamed(source.description());
-  Match matched =
-      match(saved, here.description(),
-            {options_.what, options_.convert, options_.values, by_position});
+  Match matched = match(saved, here.description(),
+                        {options_.what, options_.convert, options_.values, by_position});
   matched.report.metadata = source.metadata();
   if (options_.strict && !matched.report.complete()) throw LoadError(std::move(matched.report));
 
@@ -226,8 +224,8 @@ void EngineLoader::read_settings(const Description& saved, const std::vector<int
     if (sources[i] < 0) continue;
     const GroupDescription& from = saved.groups[static_cast<std::size_t>(sources[i])];
     const GroupRecord& group = engine_.groups_[i];
-    Settings settings{static_cast<int>(i), hyper_from_json(from.rule, from.hyper),
-                      group.initial_lr, {}};
+    Settings settings{
+        static_cast<int>(i), hyper_from_json(from.rule, from.hyper), group.initial_lr, {}};
     validate(settings.hyper, "group '" + group.name + "'");
     if (const auto lr = from.hyper.find(kInitialLr); lr != from.hyper.end()) {
       settings.initial_lr = number_from_json(*lr, kInitialLr);
@@ -267,8 +265,7 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
     const ParameterRecord& to = record(pair.here);
     const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(to.group)];
     for (const std::string& name : pair.slots) {
-      const DType dtype =
-          name == kValue ? to.value.dtype : slot_dtype(group, to.value.dtype);
+      const DType dtype = name == kValue ? to.value.dtype : slot_dtype(group, to.value.dtype);
       transfers_.push_back({pair.saved, pair.here, name, dtype_of_name(from.slots.at(name).dtype),
                             dtype, nullptr, name == kValue || to.find_slot(name) != nullptr});
     }

@@ -90,9 +90,9 @@ class EngineLoader {
   std::vector<Settings> settings_;
   std::vector<Parameter> parameters_;
   std::vector<Transfer> transfers_;
-  std::vector<StateStore::Growth> growths_;                // by device
-  std::vector<std::map<int, StepState>> given_states_;     // by device
-  bool overwriting_ = false;  // of what was there, something may be gone
+  std::vector<StateStore::Growth> growths_;             // by device
+  std::vector<std::map<int, StepState>> given_states_;  // by device
+  bool overwriting_ = false;                            // of what was there, something may be gone
 };
 
 }  // namespace fusestep::detail

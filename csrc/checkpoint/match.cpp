@@ -35,10 +35,6 @@ std::set<std::string_view> slots_of_rule(std::string_view rule) {
   return names;
 }
 
-std::string tensor_text(const TensorDescription& tensor) {
-  return tensor.dtype + " " + to_string(tensor.shape);
-}
-
 std::string json_text(const Json& object, const std::string& key) {
   const auto found = object.find(key);
   return found == object.end() ? "" : found->dump();

@@ -26,8 +26,8 @@ struct Match {
     std::vector<std::string> slots = {};  // that are taken; "value" may be among them
   };
   LoadReport report;
-  std::vector<Pair> parameters;     // whose state is taken
-  std::vector<int> settings;        // of every group here: the saved group it takes them from, or -1
+  std::vector<Pair> parameters;  // whose state is taken
+  std::vector<int> settings;     // of every group here: the saved group it takes them from, or -1
 };
 
 /// Throws InvalidArgument for groups that cannot be matched by position, with torch's texts.

@@ -54,7 +54,7 @@ std::string value_text(const std::string& value) { return value.empty() ? "none"
 }  // namespace
 
 std::string LoadReport::to_string() const {
-  std::string text = count_line("loaded", loaded) + count_line("missing", missing) +
+  std::string text = count_line("matching", loaded) + count_line("missing", missing) +
                      count_line("unexpected", unexpected) + count_line("converted", converted);
   std::vector<Row> rows;
   for (const Mismatch& m : mismatched) {
@@ -75,9 +75,10 @@ std::ostream& operator<<(std::ostream& out, const LoadReport& report) {
 }
 
 LoadError::LoadError(LoadReport what_happened)
-    : InvalidArgument("the state does not match this optimizer, nothing was loaded "
-                      "(strict=false loads what matches):\n" +
-                      what_happened.to_string()),
+    : InvalidArgument(
+          "the state does not match this optimizer, nothing was loaded "
+          "(strict=false loads what matches):\n" +
+          what_happened.to_string()),
       report_(std::move(what_happened)) {}
 
 namespace detail {
@@ -95,14 +96,10 @@ Json to_json(const LoadReport& report) {
                      {"here", d.here},
                      {"taken", d.taken}});
   }
-  return {{"loaded", report.loaded},
-          {"missing", report.missing},
-          {"unexpected", report.unexpected},
-          {"mismatched", mismatched},
-          {"converted", report.converted},
-          {"hyper", hyper},
-          {"metadata", report.metadata},
-          {"text", report.to_string()}};
+  return {{"loaded", report.loaded},         {"missing", report.missing},
+          {"unexpected", report.unexpected}, {"mismatched", mismatched},
+          {"converted", report.converted},   {"hyper", hyper},
+          {"metadata", report.metadata},     {"text", report.to_string()}};
 }
 
 }  // namespace detail

@@ -194,7 +194,7 @@ std::size_t StateFileReader::tensor(int parameter, const std::string& slot) cons
 }
 
 void StateFileReader::read(int parameter, const std::string& slot, const TakePiece& take) {
-  file_.read_all(tensor(parameter, slot), kPieceBytes, take);
+  file_.read_all(tensor(parameter, slot), take);
 }
 
 void StateFileReader::verify(int parameter, const std::string& slot) {

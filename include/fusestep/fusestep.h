@@ -11,4 +11,5 @@
 #include "fusestep/hyper.h"
 #include "fusestep/optimizer.h"
 #include "fusestep/schedule.h"
+#include "fusestep/state_dict.h"
 #include "fusestep/tensor_view.h"

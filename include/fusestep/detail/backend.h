@@ -63,8 +63,8 @@ class Backend {
   virtual StepState read_state(int index) = 0;
   virtual void write_state(int index, StepState state, void* stream) = 0;
   virtual Control read_control() = 0;
-  /// Memory of the device where the host can read it, until the next call; at most kReadBytes. Waits
-  /// for the device.
+  /// Memory of the device where the host can read it, until the next call; at most kReadBytes.
+  /// Waits for the device.
   virtual const void* read(const void* from, std::size_t bytes, void* stream) = 0;
   /// What read() has allocated is given back.
   virtual void end_reading() noexcept = 0;
