@@ -127,6 +127,10 @@ void bind_array_optimizer(py::module_& m) {
       .def("freeze", &Optimizer::freeze, py::arg("name"))
       .def("thaw", &Optimizer::thaw, py::arg("name"))
       .def(
+          "frozen",
+          [](Optimizer& self, const std::string& name) { return self.parameter(name).frozen(); },
+          py::arg("name"))
+      .def(
           "step",
           [](Optimizer& self, bool skip, double grad_multiplier, double max_grad_norm,
              bool skip_nonfinite, const std::vector<std::pair<int, std::uintptr_t>>& given) {

@@ -11,6 +11,7 @@ import importlib
 from ._core import (
     DeviceError,
     Error,
+    FileError,
     InvalidArgument,
     OutOfMemory,
     __version__,
@@ -21,11 +22,15 @@ from ._core import (
 )
 from .arrays import Optimizer
 from .info import info
+from .state import LoadError, LoadReport
 
 __all__ = [
     "DeviceError",
     "Error",
+    "FileError",
     "InvalidArgument",
+    "LoadError",
+    "LoadReport",
     "Optimizer",
     "OutOfMemory",
     "__version__",

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _core
+from . import _core, state
 from .memory import memory_of
+from .state import LoadReport, Rename
 
 RULES = ("Adam", "AdamW", "SGD", "RMSprop")
 
@@ -123,6 +126,134 @@ class Optimizer:
     def skipped_steps(self) -> int:
         """Steps that changed nothing."""
         return self._core.skipped_steps()
+
+    def save(
+        self, path: str | os.PathLike[str], *, values: bool = False, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes a safetensors file, which appears whole or not at all; an older one stays until then.
+
+        Args:
+            values: the parameters' values too.
+            metadata: the user's own, anything JSON can hold.
+        """
+        self._core.save(os.fspath(path), values, state.encode_metadata(metadata), False)
+
+    def save_async(
+        self, path: str | os.PathLike[str], *, values: bool = False, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Copies the state and writes it in the background.
+
+        What goes wrong there is raised by the next save, save_async or wait_for_save, which wait for it
+        and then do nothing else.
+        """
+        self._core.save(os.fspath(path), values, state.encode_metadata(metadata), True)
+
+    def wait_for_save(self) -> None:
+        """Waits for save_async, and raises what went wrong."""
+        self._core.wait_for_save()
+
+    def load(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        strict: bool = True,
+        what: str = "all",
+        rename: Rename = None,
+        *,
+        convert: bool = False,
+        values: bool = True,
+    ) -> LoadReport:
+        """Takes state by the parameters' names, whatever groups they were in when it was saved.
+
+        Args:
+            source: a file of `save`, any safetensors file with tensors named `<parameter>/<slot>`, or
+                what `state_dict` has given.
+            strict: refuse if anything is missing, unexpected or of another shape or dtype; otherwise
+                load what matches.
+            what: 'all'; 'state' keeps the settings there are now; 'hyper' takes only settings.
+            rename: saved names to names here: a dict or a function.
+            convert: round state of other dtypes. Otherwise it does not fit.
+            values: parameters' values too, where they were saved.
+
+        Returns a report. Raises LoadError, which has it too, or FileError; then nothing has changed.
+        """
+        new_name = None if rename is None else state.renaming(rename)
+        options = {"strict": strict, "what": what, "rename": new_name, "convert": convert, "values": values}
+        if isinstance(source, Mapping):
+            description, arrays = self._packed(source)
+            report = self._core.load_dict(description, {}, _addresses(arrays), options)
+        else:
+            report = self._core.load_file(os.fspath(source), options)
+        return state.checked(LoadReport.from_json(json.loads(report)), strict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's structure, of copies: `state` by position, and `param_groups`.
+
+        Groups also have `name` and `param_names`, which `load` goes by.
+        """
+        import numpy
+
+        text, _, contents = self._core.state_dict()
+        groups, states = [], {}
+        for group in json.loads(text):
+            first = sum(len(g["params"]) for g in groups)
+            settings = {key: state.decode(value, numpy.asarray) for key, value in group["hyper"].items()}
+            if "betas" in settings:
+                settings["betas"] = tuple(settings["betas"])
+            names = [p["name"] for p in group["params"]]
+            numbers = list(range(first, first + len(names)))
+            frozen = [p.get("frozen", False) for p in group["params"]]
+            flags = {"frozen": frozen} if any(frozen) else {}
+            groups.append({"name": group["name"], **settings, **flags, "param_names": names, "params": numbers})
+            for number, p in zip(numbers, group["params"], strict=True):
+                if not p["slots"]:
+                    continue
+                slots = {
+                    slot: numpy.frombuffer(contents[number, slot], described["dtype"])
+                    .reshape(described["shape"])
+                    .copy()
+                    for slot, described in p["slots"].items()
+                }
+                counted = {} if self.rule == "SGD" else {"step": numpy.asarray(p["step"], dtype=numpy.float32)}
+                states[number] = {**counted, **slots}
+        return {"state": states, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state_dict by position, as torch does, with torch's checks. Changes nothing if refused."""
+        description, arrays = self._packed(state_dict)
+        self._core.load_state_dict(description, {}, _addresses(arrays))
+
+    def _packed(self, state_dict):
+        """(description, slots by position and name) of a state_dict, which may be torch's."""
+        import numpy
+
+        groups = state_dict["param_groups"]
+        indices = [index for group in groups for index in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", ())]
+        if not names:
+            names = list(self._arrays)
+        if len(names) != len(indices):
+            names = [str(index) for index in indices]
+        description = state.describe_state_dict(state_dict, self.rule, dict(zip(indices, names, strict=True)))
+        state.fill_unknown(description, {name: _describe(name, array) for name, array in self._arrays.items()})
+        frozen = [flag for group in groups for flag in group.get("frozen", [None] * len(group["params"]))]
+        arrays = {}
+        for number, parameter in enumerate(state.parameters_of(description)):
+            name = parameter["name"]
+            here = name in self._arrays and self._core.frozen(name)
+            parameter["frozen"] = bool(here if frozen[number] is None else frozen[number])
+            for slot in parameter["slots"]:
+                value = numpy.asarray(state_dict["state"][indices[number]][slot])
+                arrays[number, slot] = numpy.ascontiguousarray(value).reshape(value.shape)
+        return json.dumps(description), arrays
+
+
+def _describe(name, array):
+    _, dtype, shape, _ = memory_of(name, array, writable=False)
+    return {"dtype": dtype, "shape": list(shape)}
+
+
+def _addresses(arrays):
+    return {key: (array.ctypes.data, array.nbytes) for key, array in arrays.items()}
 
 
 def _streams(memory):

@@ -15,6 +15,7 @@ import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from . import _core
+from .checkpoint import Checkpoints
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
 
@@ -35,7 +36,7 @@ def _outside_graphs(step):
     return outside
 
 
-class _FusedStep:
+class _FusedStep(Checkpoints):
     """`step` by the engine, for the torch class that is the next base."""
 
     _rule: str
@@ -124,6 +125,10 @@ class _FusedStep:
                 if torch.is_tensor(step) and step.is_cuda:
                     result["state"][index] = {**own, "step": step.cpu()}
         return result
+
+    @staticmethod
+    def _new_step(count, p, group):
+        return _step_tensor(count, p, group)
 
     @property
     def _stepper(self):
