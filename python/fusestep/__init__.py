@@ -20,11 +20,13 @@ from ._core import (
     set_num_threads,
 )
 from .arrays import Optimizer
+from .history import History, plot_history
 from .info import info
 
 __all__ = [
     "DeviceError",
     "Error",
+    "History",
     "InvalidArgument",
     "Optimizer",
     "OutOfMemory",
@@ -34,6 +36,7 @@ __all__ = [
     "instruction_set",
     "num_threads",
     "optim",
+    "plot_history",
     "set_num_threads",
 ]
 
