@@ -453,6 +453,18 @@ def test_lambda_lr_takes_the_new_rate_as_its_base():
     assert scheduler.get_last_lr() == [0.1, 0.005]
 
 
+def test_one_cycle_lr_has_its_settings_in_the_group():
+    model, optimizer = make("SGD")
+    scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    optimizer.thaw("backbone", lr=0.001, initial_lr=0.001, max_lr=0.01, min_lr=1e-5)
+    for _ in range(9):
+        train(model, optimizer)
+        scheduler.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert 0 < rates[1] <= 0.01 < 0.1 >= rates[0]
+    assert rates[1] == pytest.approx(1e-5)
+
+
 def test_scheduler_of_another_optimizer():
     model, optimizer = make("SGD")
     scheduler = lr_scheduler.StepLR(make("SGD")[1], 2)
