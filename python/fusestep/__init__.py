@@ -21,6 +21,7 @@ from ._core import (
     set_num_threads,
 )
 from .arrays import Optimizer
+from .history import History, plot_history
 from .info import info
 from .state import LoadError, LoadReport
 
@@ -28,6 +29,7 @@ __all__ = [
     "DeviceError",
     "Error",
     "FileError",
+    "History",
     "InvalidArgument",
     "LoadError",
     "LoadReport",
@@ -39,6 +41,7 @@ __all__ = [
     "instruction_set",
     "num_threads",
     "optim",
+    "plot_history",
     "set_num_threads",
 ]
 

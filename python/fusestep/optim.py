@@ -16,8 +16,11 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from . import _core
 from .checkpoint import Checkpoints
+from .freezing import Freezable, freeze, thaw
+from .groups import param_groups_by
+from .summary import Summarizable, Summary, summary
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "Summary", "freeze", "param_groups_by", "summary", "thaw"]
 
 
 def _outside_graphs(step):
@@ -36,7 +39,7 @@ def _outside_graphs(step):
     return outside
 
 
-class _FusedStep(Checkpoints):
+class _FusedStep(Checkpoints, Freezable, Summarizable):
     """`step` by the engine, for the torch class that is the next base."""
 
     _rule: str

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -116,8 +117,9 @@ def public_things():
     for name, value in vars(fusestep.Optimizer).items():
         if not name.startswith("_"):
             yield f"fusestep.Optimizer.{name}", value
-    yield "fusestep.optim.Adam.step", fusestep.optim.Adam.step
-    yield "fusestep.optim.Adam.state_dict", fusestep.optim.Adam.state_dict
+    for name in ("step", "state_dict", "freeze", "thaw", "summary"):
+        yield f"fusestep.optim.Adam.{name}", getattr(fusestep.optim.Adam, name)
+    yield "fusestep.History.record", fusestep.History.record
 
 
 def test_everything_public_is_documented():
@@ -133,14 +135,37 @@ def test_unknown_attribute():
         fusestep.nothing  # noqa: B018
 
 
-def code_blocks():
-    page = ROOT / "docs" / "python.md"
+def test_imports_without_rich_and_matplotlib():
+    program = """
+import sys
+sys.modules["rich"] = sys.modules["matplotlib"] = None
+import torch, fusestep
+optimizer = fusestep.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+print(optimizer.summary().rows[0]["shape"])
+"""
+    assert run("-c", program) == "(2,)\n"
+    program = "import fusestep.optim, sys; print({'rich', 'matplotlib'} & set(sys.modules))"
+    assert run("-c", program) == "set()\n"
+
+
+def code_blocks(page="python.md"):
+    page = ROOT / "docs" / page
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("index", range(len(code_blocks())))
 def test_documentation_runs(index):
     run("-W", "error", "-c", code_blocks()[index], cwd=ROOT)
+
+
+def test_finetuning_page_runs(tmp_path):
+    """Its blocks are one program."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "COLUMNS": "80"}
+    printed = run("-W", "error", "-c", "".join(code_blocks("finetuning.md")), cwd=tmp_path, env=environment)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"finetuning.png", "finetuning.svg"}
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    shown = re.search(r"^```text\n(.*?)^\.\.\.\n```", page, re.MULTILINE | re.DOTALL).group(1)
+    assert printed.startswith(shown)
 
 
 def test_docstring_example():
