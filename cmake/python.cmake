@@ -6,6 +6,7 @@ pybind11_add_module(fusestep_core MODULE
   csrc/bindings/module.cpp
   csrc/bindings/state_files.cpp
   csrc/bindings/tensor_reader.cpp
+  csrc/bindings/torch_device.cpp
   csrc/bindings/torch_stepper.cpp)
 set_target_properties(fusestep_core PROPERTIES OUTPUT_NAME _core)
 target_include_directories(fusestep_core PRIVATE csrc)
