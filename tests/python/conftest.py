@@ -39,11 +39,12 @@ def few_threads():
 
 
 @pytest.fixture(autouse=True)
-def default_device(request):
+def default_device(request, monkeypatch):
     """Tests that are about the CPU make their tensors there."""
     if device.KIND != "cuda" or not request.node.get_closest_marker("on_cpu"):
         yield
         return
+    monkeypatch.setattr(device, "DEFAULT", torch.device("cpu"))
     with torch.device("cpu"):
         yield
 

@@ -3,19 +3,22 @@
 """The device the tests run on: FUSESTEP_TEST_DEVICE is cpu (where it is not set), cuda or cuda_sim.
 
 cuda: torch's default device is the first GPU. cuda_sim: CPU tensors lie on simulated CUDA devices, by the
-extension FUSESTEP_SIM_CORE, which takes the place of fusestep._core: import this before fusestep.
+extension in the folder FUSESTEP_SIM_CORE, which takes the place of fusestep._core: import this before
+fusestep.
 """
 
 import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import pathlib
 import sys
 
 import torch
 
 KIND = os.environ.get("FUSESTEP_TEST_DEVICE", "cpu")
 SIMULATED = KIND == "cuda_sim"
+DEFAULT = torch.device("cuda" if KIND == "cuda" else "cpu")  # in all threads; torch's own is of one
 sim = None
 _is_synchronised = True
 _places = {}  # of simulated tensors that do not lie on the device of all others: by address
@@ -48,9 +51,9 @@ def _simulate(path):
 if KIND == "cuda":
     if not torch.cuda.is_available():
         raise RuntimeError("FUSESTEP_TEST_DEVICE is cuda, and torch has no CUDA device")
-    torch.set_default_device("cuda")
+    torch.set_default_device(DEFAULT)
 elif SIMULATED:
-    sim = _simulate(os.environ["FUSESTEP_SIM_CORE"])
+    sim = _simulate(str(next(pathlib.Path(os.environ["FUSESTEP_SIM_CORE"]).glob("_core*.so"))))
 elif KIND != "cpu":
     raise RuntimeError(f"FUSESTEP_TEST_DEVICE must be cpu, cuda or cuda_sim, got {KIND}")
 
@@ -129,8 +132,17 @@ def side_stream(index=None):
     """A new stream is the current one."""
     index = home() if index is None else index
     if not SIMULATED:
-        with torch.cuda.stream(torch.cuda.Stream(index)):
+        stream = torch.cuda.Stream(index)
+        stream.wait_stream(torch.cuda.current_stream(index))
+        before = torch.cuda.current_stream(index)
+        with torch.cuda.device(index):
+            torch.cuda.set_stream(stream)
+        try:
             yield
+        finally:
+            stream.synchronize()
+            with torch.cuda.device(index):
+                torch.cuda.set_stream(before)
         return
     before = sim.set_stream(index, sim.make_stream(index))
     try:

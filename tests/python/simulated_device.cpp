@@ -80,6 +80,12 @@ void wait_for_all() {
   }
 }
 
+void make_current_streams() {
+  for (int device = 0; device < cuda_sim::kDevices; ++device) {
+    set_stream(device, make_stream(device));
+  }
+}
+
 /// A fresh start where nothing of earlier tests is left; else what is left stays as it is.
 void reset(std::uint64_t seed, int policy, int home_device) {
   cuda_sim::clear_faults();
@@ -92,9 +98,14 @@ void reset(std::uint64_t seed, int policy, int home_device) {
   cuda_sim::forget_calls();
   placed.clear();
   home = Device::cuda(home_device);
-  for (int device = 0; device < cuda_sim::kDevices; ++device) {
-    set_stream(device, make_stream(device));
-  }
+  make_current_streams();
+}
+
+/// After a failure, once nobody uses them any more.
+void replace_devices() {
+  cuda_sim::reset(1, cuda_sim::Policy::kLate);
+  streams.clear();
+  make_current_streams();
 }
 
 void place(std::uintptr_t address, std::optional<int> device) {
@@ -174,6 +185,8 @@ PYBIND11_MODULE(_cuda_sim, m) {
   m.def("reset", reset, py::arg("seed"), py::arg("policy"), py::arg("home"), without_gil);
   m.def("synchronize", synchronize, without_gil);
   m.def("wait_for_all", wait_for_all, without_gil);
+  m.def("fail_running_kernel", [] { cuda_sim::fail_running_kernel(0); });
+  m.def("replace_devices", replace_devices);
   m.def("pending", cuda_sim::pending);
   m.def("live", [] {
     const cuda_sim::Live now = cuda_sim::live();

@@ -71,7 +71,7 @@ def error_inputs(name):
 def tensors(*shapes, dtype=torch.float32, seed=0):
     random = torch.Generator("cpu").manual_seed(seed)
     values = [torch.randn(shape, generator=random, dtype=dtype, device="cpu") for shape in shapes]
-    return [torch.nn.Parameter(value.to(torch.get_default_device())) for value in values]
+    return [torch.nn.Parameter(value.to(device.DEFAULT)) for value in values]
 
 
 def twins(parameters, dtype=None):
@@ -79,7 +79,7 @@ def twins(parameters, dtype=None):
 
 
 def scaler(scale):
-    return torch.amp.GradScaler(torch.get_default_device().type, init_scale=scale)
+    return torch.amp.GradScaler(device.DEFAULT.type, init_scale=scale)
 
 
 def set_grads(parameters, seed, scale=1.0):
