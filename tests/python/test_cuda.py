@@ -285,6 +285,7 @@ def test_scalars_of_one_device_for_parameters_of_two(name, skipped):
     with device.side_stream(0), device.side_stream(1), device.unsynchronised():
         device.later(lambda: found_inf.fill_(float(skipped)), 0)
         mine.step()
+        lr.fill_(9.0)  # too late: the other device cannot read it where it is
     if not skipped:
         train(reference, 1, seed=4)
     assert_same(mine, reference)
