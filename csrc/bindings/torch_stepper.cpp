@@ -298,11 +298,13 @@ void TorchStepper::step(const py::object& found_inf) {
   }
   read_foreign_lr();
   std::vector<Stream> streams;
-  for (const detail::BorrowedTensor& tensor : tensors_) {
-    const auto known = [&](const Stream& stream) { return stream.device == tensor.device; };
-    if (!tensor.device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) continue;
-    streams.emplace_back(tensor.device, reader_.current_stream(tensor.device));
-  }
+  const auto add_stream = [&](Device device) {
+    const auto known = [&](const Stream& stream) { return stream.device == device; };
+    if (!device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) return;
+    streams.emplace_back(device, reader_.current_stream(device));
+  };
+  for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device);
+  if (options.skip_source.present) add_stream(options.skip_source.device);
   options.streams = streams;
   stepped_ = static_cast<int>(PyList_GET_SIZE(written_.ptr()));
   const py::gil_scoped_release release;
