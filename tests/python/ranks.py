@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a function on several ranks: processes of this machine, joined by gloo."""
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,8 @@ import traceback
 
 # Imported once, by the process all ranks are forked from.
 PRELOAD = [
-    "torch",
+    "pytest",
+    "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
@@ -19,7 +21,7 @@ PRELOAD = [
 ]
 
 
-def run(world, function, *arguments, timeout=120):
+def run(world, function, *arguments, timeout=60):
     """The results of `function(rank, *arguments)` on every rank. The function is one of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -29,7 +31,7 @@ def run(world, function, *arguments, timeout=120):
         started = []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            arguments_of_rank = (sender, rank, world, os.path.join(folder, "store"), function, arguments)
+            arguments_of_rank = (sender, rank, world, os.path.join(folder, "store"), function, arguments, timeout)
             process = context.Process(target=_run_rank, args=arguments_of_rank, daemon=True)
             process.start()
             sender.close()
@@ -60,11 +62,12 @@ def _results(started, deadline):
     return results
 
 
-def _run_rank(sender, rank, world, store, function, arguments):
+def _run_rank(sender, rank, world, store, function, arguments, timeout):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(timeout - 5)  # where a collective waits for ever
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         result = function(rank, *arguments)
