@@ -9,7 +9,12 @@ another order: it is compared in float64, within 1e-10.
 
 import copy
 import itertools
+import os
 import pathlib
+import re
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -650,3 +655,49 @@ def run_left_to_torch(rank):
 
 def test_state_placed_otherwise_goes_to_torch():
     ranks.run(2, run_left_to_torch)
+
+
+def run_wrapped_part(rank):
+    """A DTensor whose local tensor stands for another in turn; beside one that is stepped."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    import test_stories
+
+    mesh = dist.init_device_mesh("cpu", (1,))
+    inner = tensor_of(0, 6, 4)
+    expected = inner.clone().requires_grad_()
+
+    def around(tensor):
+        return DTensor.from_local(test_stories.Wrapped(tensor), mesh, [Replicate()], run_check=False)
+
+    p, beside = torch.nn.Parameter(around(inner)), one_parameter(mesh, Shard(0))
+    mine, torchs = fusestep.optim.SGD([p, beside], lr=0.1), torch.optim.SGD([expected], lr=0.1)
+    p.grad, beside.grad, expected.grad = around(torch.ones(6, 4)), torch.ones_like(beside), torch.ones(6, 4)
+    with pytest.warns(UserWarning, match="of the wrapper class Wrapped to torch's own step"):
+        mine.step()
+    torchs.step()
+    torch.testing.assert_close(inner, expected.detach())
+    assert_engine_stepped(mine, 1, steps=1)
+
+
+def test_part_that_cannot_be_unwrapped_goes_to_torch():
+    ranks.run(1, run_wrapped_part)
+
+
+# ---- documentation -----------------------------------------------------------------------------
+
+
+def test_documentation_runs(tmp_path):
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
+    # A session of its own: ranks that hang end with their launcher.
+    torchrun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, errors = torchrun.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(torchrun.pid, signal.SIGKILL)
+        raise
+    assert torchrun.returncode == 0, errors
+    assert "torch's own step" not in errors

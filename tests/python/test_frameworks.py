@@ -5,8 +5,6 @@
 In float64, where our rounding and torch's differ by too little for training to amplify it beyond 1e-9.
 """
 
-import itertools
-
 import pytest
 import torch
 
