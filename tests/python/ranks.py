@@ -21,7 +21,7 @@ PRELOAD = [
 ]
 
 
-def run(world, function, *arguments, timeout=60):
+def run(world, function, *arguments, timeout=120):
     """The results of `function(rank, *arguments)` on every rank. The function is one of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -472,24 +472,24 @@ def tensor_of(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def one_parameter(mesh, placement, shape=(6, 4)):
+def one_parameter(mesh, *placements):
     from torch.distributed.tensor import distribute_tensor
 
-    return torch.nn.Parameter(distribute_tensor(tensor_of(0, *shape), mesh, [placement]))
+    return torch.nn.Parameter(distribute_tensor(tensor_of(0, 6, 4), mesh, placements))
 
 
 def run_other_placements(rank):
-    """Gradients distributed in every way but their parameter's, for every rule."""
+    """Gradients distributed in every way, for every placement of their parameter."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     warnings.filterwarnings("error", message=".*torch's own step")
     mesh = dist.init_device_mesh("cpu", (2,))
     ways = (Replicate(), Shard(0), Shard(1))
-    for rule, placement, way in itertools.product(RULES, ways, (*ways, Partial(), Partial("avg"))):
+    for rule, placement, way in itertools.product(("Adam", "SGD"), ways, (*ways, Partial(), Partial("avg"))):
         named = {"weight": one_parameter(mesh, placement)}
         optimizer = optimizer_over(rule, named)
         shadow = Shadow(rule, named)
-        for step in range(3):
+        for step in range(2):
             if way.is_partial():
                 grad = DTensor.from_local(tensor_of(2 * step + rank, 6, 4), mesh, [way], run_check=False)
             else:
@@ -499,7 +499,7 @@ def run_other_placements(rank):
             optimizer.step()
             assert named["weight"].grad is grad
         shadow.assert_equal(optimizer)
-        assert_engine_stepped(optimizer, 1, steps=3)
+        assert_engine_stepped(optimizer, 1, steps=2)
 
 
 def test_gradients_placed_otherwise():
@@ -628,22 +628,25 @@ def test_versions():
 
 
 def run_left_to_torch(rank):
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    """State that has the shape of its parameter's part, and other elements."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = dist.init_device_mesh("cpu", (2,))
+    mesh = dist.init_device_mesh("cpu", (2, 2))
+    placed, otherwise = (Shard(0), Replicate()), (Replicate(), Shard(0))
     values = []
     for cls in (fusestep.optim.Adam, torch.optim.Adam):
-        misplaced, well = one_parameter(mesh, Shard(0)), one_parameter(mesh, Shard(1))
+        misplaced, well = one_parameter(mesh, *placed), one_parameter(mesh, *otherwise)
         optimizer = cls([misplaced, well], lr=0.1)
         for step in range(3):
             for p in (misplaced, well):
-                p.grad = DTensor.from_local(tensor_of(step, *p._local_tensor.shape), mesh, p.placements)
+                p.grad = distribute_tensor(tensor_of(step, 6, 4), mesh, p.placements)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 optimizer.step()
             if step == 0:
                 state = optimizer.state[misplaced]
-                state["exp_avg"] = state["exp_avg"].redistribute(placements=[Replicate()])
+                state["exp_avg"] = state["exp_avg"].redistribute(placements=otherwise)
+                assert state["exp_avg"]._local_tensor.shape == misplaced._local_tensor.shape
             expected = [step == 1] if cls is fusestep.optim.Adam and step == 1 else []
             assert ["distributed otherwise" in str(each.message) for each in caught] == expected
         values.append((misplaced.full_tensor(), well.full_tensor()))
@@ -654,7 +657,7 @@ def run_left_to_torch(rank):
 
 
 def test_state_placed_otherwise_goes_to_torch():
-    ranks.run(2, run_left_to_torch)
+    ranks.run(4, run_left_to_torch)
 
 
 def run_wrapped_part(rank):
@@ -695,7 +698,7 @@ def test_documentation_runs(tmp_path):
     # A session of its own: ranks that hang end with their launcher.
     torchrun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        _, errors = torchrun.communicate(timeout=60)
+        _, errors = torchrun.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         os.killpg(torchrun.pid, signal.SIGKILL)
         raise
