@@ -201,6 +201,8 @@ def test_scales():
     panels = history_module._panels({"lr/0": [1e-1, 1e-4], "loss": [1.0, 0.5], "acc": [0.01, 0.9]})
     scales = {axes.get_title(loc="left"): axes.get_yscale() for axes in history_module._figure(panels, None).axes}
     assert scales == {"Loss": "linear", "Accuracy": "linear", "Learning rate": "log"}
+    panels = history_module._panels({"lr/0": [0.0, 0.1]})  # which a logarithm would hide
+    assert [axes.get_yscale() for axes in history_module._figure(panels, None).axes] == ["linear"]
 
 
 @pytest.mark.parametrize(("given", "stem"), [("a.png", "a"), ("a.svg", "a"), ("a", "a"), ("v0.1", "v0.1")])
