@@ -96,6 +96,15 @@ def test_without_names_or_norms():
         assert history == {"lr/0": [0.1]}
 
 
+def test_layers_that_no_group_holds():
+    model, _ = make("SGD")
+    optimizer = fusestep.optim.SGD(model[2].parameters(), lr=0.1)
+    history = fusestep.History(optimizer, model)
+    train(model, optimizer)  # all of the model gets gradients
+    history.record()
+    assert math.isnan(history["grad_norm/0"][0]) and history["grad_norm/2"][0] > 0
+
+
 def test_a_skipped_step_is_not_the_sample(name):
     model, optimizer = make(name)
     history = fusestep.History(optimizer, model)
