@@ -127,8 +127,7 @@ inline std::string refusal(const path& file) {
   }
 }
 
-inline void expect_content(const path& file, const Content& content) {
-  const SafetensorsReader reader(file);
+inline void expect_content(const SafetensorsReader& reader, const Content& content) {
   EXPECT_TRUE(reader.has_checksums());
   for (const auto& [key, value] : content.metadata) EXPECT_EQ(reader.metadata().at(key), value);
   EXPECT_EQ(reader.metadata().size(), content.metadata.size() + 3);
@@ -140,6 +139,10 @@ inline void expect_content(const path& file, const Content& content) {
     EXPECT_EQ(reader.tensors()[*found].shape, content.tensors[i].shape);
     EXPECT_TRUE(tensor_bytes(reader, *found) == content.data[i]) << content.tensors[i].name;
   }
+}
+
+inline void expect_content(const path& file, const Content& content) {
+  expect_content(SafetensorsReader(file), content);
 }
 
 /// A small file with a bit of everything.
