@@ -247,6 +247,14 @@ class Shared {
   void* place_;
 };
 
+constexpr int kSought[] = {2, 3, 4};  // pwrite, fsync, renameat
+
+void wait_until_in(int call, const std::atomic<int>& stage) {
+  const auto limit = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+  while (stage.load() != call && std::chrono::steady_clock::now() < limit) {
+  }
+}
+
 TEST(Killed, AtRandomMoments) {
   constexpr std::size_t bytes = 2'000'000;
   constexpr int rounds = repetitions(200);
@@ -273,6 +281,8 @@ TEST(Killed, AtRandomMoments) {
       for (std::size_t i = 0;; ++i) save(file, contents[i % 3]);
     });
     usleep(static_cast<useconds_t>(delay(random)));
+    // Most of a save is the sync. Every other round waits for one of the calls that matter.
+    if (round % 2 == 1) wait_until_in(kSought[round / 2 % 3], *stage.get());
     kill(child, SIGKILL);
     ASSERT_EQ(wait_for(child), 128 + SIGKILL);
     ++hits[stage.get()->load() + 1];
@@ -286,6 +296,9 @@ TEST(Killed, AtRandomMoments) {
     std::printf(", in %s: %d", system_calls::kNames[i], hits[i + 1]);
   }
   std::printf("\n");
+  for (const int call : kSought) {
+    EXPECT_TRUE(rounds < 200 || hits[call + 1] > 0) << system_calls::kNames[call];
+  }
 }
 
 // ---- several at a time ----------------------------------------------------------------------
