@@ -105,7 +105,9 @@ int openat(int directory, const char* name, int flags, ...) {
     mode = va_arg(arguments, mode_t);
     va_end(arguments);
   }
-  if (enter("openat", name)) return leave(-1);
+  const std::string other =
+      (flags & O_CREAT) != 0 && (flags & O_EXCL) == 0 ? " (not exclusive)" : "";
+  if (enter("openat", name + other)) return leave(-1);
   return leave(next<int(int, const char*, int, ...)>("openat")(directory, name, flags, mode));
 }
 
