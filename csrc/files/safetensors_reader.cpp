@@ -107,7 +107,7 @@ void SafetensorsReader::check_layout() const {
     if (!size.problem.empty()) throw FileError(where(path_, tensor.name) + ": " + size.problem);
     if (tensor.begin != end) {
       throw FileError(where(path_, tensor.name) + ": " + offsets_text(tensor) + ", but the data " +
-                      (tensor.begin < end ? "of another tensor ends at " : "before it end at ") +
+                      (tensor.begin < end ? "of another tensor end at " : "before it end at ") +
                       std::to_string(end));
     }
     if (tensor.end < tensor.begin || tensor.bytes() != size.bytes) {
