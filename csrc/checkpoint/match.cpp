@@ -251,16 +251,17 @@ class Matcher {
     const GroupDescription& group = group_here(to.group);
     const GroupDescription& source = saved_group(from.group);
     const int settings = result_.settings[static_cast<std::size_t>(to.group)];
-    const Json& hyper = settings < 0 ? group.hyper : saved_group(settings).hyper;
+    const GroupDescription& then = settings < 0 ? group : saved_group(settings);
     SlotNames had;
     if (!source.rule.empty()) {
-      had = slots_of_variant(source.rule, source.hyper, "group '" + source.name + "'");
+      had = slots_of_variant(source.rule, source.hyper,
+                             "settings saved of group '" + source.name + "'");
     }
     const auto is_slot = [](const auto& slot) { return slot.first != kValue; };
     const bool has_any = std::any_of(from.slots.begin(), from.slots.end(), is_slot);
     const bool has_stepped = from.step.value_or(0) > 0;
     for (const std::string_view name :
-         slots_of_variant(group.rule, hyper, "group '" + group.name + "'")) {
+         slots_of_variant(group.rule, then.hyper, "settings saved of group '" + then.name + "'")) {
       const std::string key(name);
       if (from.slots.count(key) != 0) continue;
       const bool stepped_without = has_stepped && !is_one_of(had, name);

@@ -36,6 +36,19 @@ inline std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
   return TensorView{nullptr, DType::kFloat32, shape, {}, true}.size();
 }
 
+/// Empty, or the first place where two texts differ.
+inline std::string difference(const std::string& one, const std::string& other) {
+  if (one == other) return "";
+  const auto place = std::mismatch(one.begin(), one.end(), other.begin(), other.end()).first;
+  const std::size_t at = static_cast<std::size_t>(place - one.begin());
+  const auto excerpt = [&](const std::string& text) {
+    std::string shown = text.substr(at < 60 ? 0 : at - 60, 100);
+    for (char& c : shown) c = c >= ' ' && c < 0x7f ? c : '.';
+    return shown;
+  };
+  return "at " + std::to_string(at) + ": " + excerpt(one) + "\n" + excerpt(other);
+}
+
 /// All of a StateDict as text and bytes.
 inline std::string text_of(const StateDict& state) {
   std::string text = detail::to_json(detail::DictSource(state).description(), true).dump();
@@ -81,13 +94,19 @@ class Model {
       }
     }
   }
-  /// All that can be seen of it.
+  /// State and values: what the next steps follow from.
+  std::string state() {
+    std::string all = text_of(optimizer.state_dict());
+    for (const Tensor& tensor : tensors_) all += '\n' + tensor.spec.name + canonical(tensor.value);
+    return all;
+  }
+  /// All that can be seen of it, down to slots that no step has filled.
   std::string everything() {
-    std::string all = text_of(optimizer.state_dict()) + '\n' + snapshot(optimizer);
+    std::string all = state() + '\n' + snapshot(optimizer);
     for (const auto& [slot, bytes] : optimizer.memory_report()) {
       all += '\n' + slot + ' ' + std::to_string(bytes);
     }
-    return all + ' ' + std::to_string(optimizer.skipped_steps());
+    return all;
   }
   bool guards_intact() const {
     return std::all_of(tensors_.begin(), tensors_.end(), [](const Tensor& tensor) {
@@ -112,8 +131,11 @@ class TemporaryDirectory {
  public:
   TemporaryDirectory() {
     std::random_device random;
-    path_ = std::filesystem::temp_directory_path() /
-            ("fusestep_state_" + std::to_string(random()) + std::to_string(random()));
+    // Where writing to the disk takes no time, if there is such a place.
+    const std::filesystem::path in_memory = "/dev/shm";
+    path_ =
+        (std::filesystem::exists(in_memory) ? in_memory : std::filesystem::temp_directory_path()) /
+        ("fusestep_state_" + std::to_string(random()) + std::to_string(random()));
     std::filesystem::create_directory(path_);
   }
   ~TemporaryDirectory() {
