@@ -265,8 +265,8 @@ void bind_state(py::class_<Optimizer>& optimizer) {
             py::dict slots;
             for (std::size_t i = 0; i < state.state.size(); ++i) {
               for (const auto& [name, slot] : state.state[i].slots) {
-                slots[py::make_tuple(i, name)] =
-                    py::bytearray(reinterpret_cast<const char*>(slot.data.data()), slot.data.size());
+                slots[py::make_tuple(i, name)] = py::bytearray(
+                    reinterpret_cast<const char*>(slot.data.data()), slot.data.size());
               }
             }
             return py::make_tuple(

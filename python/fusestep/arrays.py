@@ -236,7 +236,7 @@ class Optimizer:
         names = list(self._arrays)
         if len(names) != len(state.indices_of(state_dict)):
             names = [str(number) for number, _ in enumerate(state.indices_of(state_dict))]  # is refused
-        description, arrays = self._packed(state_dict, names)
+        description, arrays = self._packed(state_dict, names, by_position=True)
         report = self._core.load_state_dict(description, _addresses(arrays), _streams(self._devices))
         state.checked(LoadReport.from_json(json.loads(report)), strict=True)
 
@@ -255,10 +255,12 @@ class Optimizer:
         new = [parameter["name"] for parameter in state.parameters_of(description)]
         return None if new == old else dict(zip(old, new, strict=True)).__getitem__
 
-    def _packed(self, state_dict, names, rename=None):
+    def _packed(self, state_dict, names, rename=None, by_position=False):
         """(description, slots by position and name) of a state_dict, which may be torch's."""
         state_dict = state.counts_by_parameter(state_dict, float)
         description = state.describe_state_dict(state_dict, self.rule, names)
+        if not by_position:
+            self._check_named(description)
         state.rename_all(description, rename)
         state.fill_unknown(description, {name: _describe(name, array) for name, array in self._arrays.items()})
         frozen = [flag for group in state_dict["param_groups"] for flag in _frozen_flags(group)]
