@@ -1442,7 +1442,6 @@ p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
 optimizer.step()
 p.grad = q.grad = None
 save = peak(lambda: optimizer.save(path))
-torch.save(optimizer.state_dict(), path + ".pt")
 given = optimizer.state_dict()
 del optimizer
 optimizer = make()
