@@ -51,6 +51,13 @@ SlotNames slots_of_variant(std::string_view rule, const Json& hyper, const std::
   return rule_info(find_rule(hyper_from_json(rule, hyper, where))).slots;
 }
 
+/// That of the pairs complex numbers are stored as; otherwise the same.
+std::string dtype_of_reals(const std::string& dtype) {
+  if (dtype == "complex64") return "float32";
+  if (dtype == "complex128") return "float64";
+  return dtype == "complex32" ? "float16" : dtype;
+}
+
 std::string json_text(const Json& object, const std::string& key) {
   const auto found = object.find(key);
   return found == object.end() ? "" : found->dump();
@@ -215,7 +222,7 @@ class Matcher {
       const std::string text = to.name + "/" + name;
       if (name == kValue) {
         if (!options_.values) continue;
-        check_tensor(text, slot, to.value.shape, {to.value.dtype});
+        check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
       } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
       } else {
