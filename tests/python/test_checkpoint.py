@@ -1014,7 +1014,7 @@ BAD_DICTS = {
     "hyper only": (in_group("eps", -1.0), {"what": "hyper"}, "group '0': Invalid epsilon value: -1.0"),
     "step": (in_state("step", "three"), {}, "parameter 'head.bias': 'step' must be a number, got 'three'"),
     "steps": (in_state("step", torch.ones(2)), {}, "parameter 'head.bias': 'step' must be a number, got tensor"),
-    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be >= 0, got -1.0"),
+    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be a whole number >= 0, got -1"),
     "step nan": (in_state("step", float("nan")), {}, "parameter 'head.bias': step must be >= 0"),
     "slot": (in_state("exp_avg", 3), {}, "parameter 'head.bias', 'exp_avg' is a int, which is not saved or loaded"),
     "sparse": (
