@@ -12,6 +12,8 @@ import torch
 import fusestep
 import support
 
+pytestmark = pytest.mark.on_cpu
+
 NAMES = ("stem.weight", "stem.bias", "head.weight", "head.bias", "scale", "empty")
 SHAPES = dict(zip(NAMES, ((3, 4, 5), (3,), (4, 6), (4,), (), (0, 2)), strict=True))
 SETTINGS = {name: {**support.FULLEST[name], "lr": 0.02, "weight_decay": 0.1} for name in support.NAMES}
