@@ -141,11 +141,12 @@ void Engine::check(const StepOptions& options) {
 
 /// Brings every device up to date with groups, settings and gradients, or changes nothing.
 void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
-  const auto memory_changed = [](const auto& device) {
-    return device->members_changed || !device->changed_grads.empty();
-  };
-  if (memory_is_checked_ && std::any_of(devices_.begin(), devices_.end(), memory_changed)) {
-    on_device([&] { check_no_overlap(); });
+  if (memory_is_checked_) {
+    on_device([&] {
+      for (const auto& device : devices_) {
+        if (device->members_changed || !device->changed_grads.empty()) check_no_overlap(*device);
+      }
+    });
   }
 
   std::vector<StateStore::Growth> growths;
@@ -155,6 +156,7 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
         if (!devices_[i]->members_changed) continue;
         growths.resize(devices_.size());
         growths[i] = grow_state(*devices_[i], stream_of(streams, devices_[i]->device));
+        if (!growths[i].slots.empty()) devices_[i]->ranges_are_known = false;
       }
       for (std::size_t i = 0; i < devices_.size(); ++i) {
         stage(static_cast<int>(i), stream_of(streams, devices_[i]->device), norm_parts);
@@ -170,16 +172,24 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
   }
 }
 
-void Engine::check_no_overlap() const {
-  for (const auto& device : devices_) {
-    std::vector<MemoryRange> ranges = value_and_slot_ranges(device->device);
-    for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
-      const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
-      if (parameter.value.device != device->device || !parameter.steps()) continue;
-      ranges.push_back(range_of(i, "gradient", parameter.grad));
-    }
-    refuse_overlap(std::move(ranges));
+/// Values and slots are sorted when they have changed, gradients whenever one has moved.
+void Engine::check_no_overlap(DeviceRecord& device) const {
+  if (device.members_changed || !device.ranges_are_known) {
+    device.ranges = value_and_slot_ranges(device.device);
+    refuse_overlap(device.ranges);
+    device.ranges_are_known = true;
   }
+  std::vector<MemoryRange> grads;
+  grads.reserve(parameters_.size());
+  for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
+    const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
+    if (parameter.value.device != device.device || !parameter.steps()) continue;
+    grads.push_back(
+        {static_cast<const char*>(parameter.grad.data), parameter.value_bytes(), i, "gradient"});
+  }
+  refuse_overlap(grads);
+  Overlap overlap;
+  if (find_overlap(device.ranges, grads, overlap)) refuse(overlap);
 }
 
 /// Slots of parameters that step for the first time, or with a rule variant that has more of them.

@@ -37,7 +37,9 @@ struct DeviceRecord {
   bool members_changed = false;  // who steps, with which rule, or where values and slots are
   bool norm_blocks_staged = false;
   bool hypers_changed = false;
-  std::vector<int> changed_grads;  // parameters of the plan whose gradient is at another address
+  std::vector<int> changed_grads;   // parameters of the plan whose gradient is at another address
+  std::vector<MemoryRange> ranges;  // values and slots, sorted
+  bool ranges_are_known = false;
 
   void note_moved_grad(ParameterRecord& parameter, int index) {
     if (!parameter.grad_moved) changed_grads.push_back(index);
@@ -112,7 +114,7 @@ class Engine {
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
   void refresh(std::span<const Stream> streams, int norm_parts);
-  void check_no_overlap() const;
+  void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);
   void stage(int device, void* stream, int norm_parts);
@@ -130,7 +132,13 @@ class Engine {
   std::string where(const ParameterRecord& parameter) const;
   static MemoryRange range_of(int parameter, std::string_view what, const TensorView& memory);
   std::vector<MemoryRange> value_and_slot_ranges(Device device) const;
-  void refuse_overlap(std::vector<MemoryRange> ranges) const;
+  void refuse_values_and_slots_that_overlap(Device device) const {
+    std::vector<MemoryRange> ranges = value_and_slot_ranges(device);
+    refuse_overlap(ranges);
+  }
+  /// Sorts them.
+  void refuse_overlap(std::vector<MemoryRange>& ranges) const;
+  [[noreturn]] void refuse(const Overlap& overlap) const;
 
   OptimizerOptions options_;
   Metadata metadata_;         // of the file that was loaded last

@@ -74,7 +74,7 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
   groups_.push_back(std::move(group));
   try {
     for (ParameterRecord& record : joining) parameters_.push_back(std::move(record));
-    for (const auto& device : devices_) refuse_overlap(value_and_slot_ranges(device->device));
+    for (const auto& device : devices_) refuse_values_and_slots_that_overlap(device->device);
   } catch (...) {
     groups_.pop_back();
     parameters_.resize(before);
@@ -155,7 +155,7 @@ void Engine::set_value(int index, const TensorView& value) {
   check_like(where(parameter), "value", value, parameter.value.dtype, parameter.value);
   TensorView before = std::exchange(parameter.value, value);
   try {
-    refuse_overlap(value_and_slot_ranges(value.device));
+    refuse_values_and_slots_that_overlap(value.device);
   } catch (...) {
     parameter.value = std::move(before);
     throw;
@@ -229,9 +229,12 @@ std::vector<MemoryRange> Engine::value_and_slot_ranges(Device device) const {
   return ranges;
 }
 
-void Engine::refuse_overlap(std::vector<MemoryRange> ranges) const {
+void Engine::refuse_overlap(std::vector<MemoryRange>& ranges) const {
   Overlap overlap;
-  if (!find_overlap(ranges, overlap)) return;
+  if (find_overlap(ranges, overlap)) refuse(overlap);
+}
+
+void Engine::refuse(const Overlap& overlap) const {
   const auto text = [&](const MemoryRange& range) {
     return "'" + std::string(range.what) + "' of " +
            where(parameters_[static_cast<std::size_t>(range.parameter)]);

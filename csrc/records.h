@@ -40,6 +40,7 @@ struct ParameterRecord {
   bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads
   int row = -1;             // in the device's plan; -1 if it does not step
 
+  std::size_t value_bytes() const { return static_cast<std::size_t>(size) * size_of(value.dtype); }
   bool steps() const { return !frozen && grad.present; }
   const Slot* find_slot(std::string_view slot_name) const {
     for (const Slot& slot : slots) {

@@ -64,7 +64,7 @@ void Engine::bind_slot(int index, std::string_view name, const TensorView& memor
   std::erase_if(parameter.slots, [&](const Slot& slot) { return slot.name == name; });
   parameter.slots.push_back({*known, memory.dtype, memory.data, true});
   try {
-    refuse_overlap(value_and_slot_ranges(memory.device));
+    refuse_values_and_slots_that_overlap(memory.device);
     device_of(parameter).given_states[parameter.state] = state;
   } catch (...) {
     parameter.slots = before;

@@ -86,4 +86,22 @@ bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found) {
   return false;
 }
 
+bool find_overlap(const std::vector<MemoryRange>& a, const std::vector<MemoryRange>& b,
+                  Overlap& found) {
+  const auto ends_before = [](const MemoryRange& first, const MemoryRange& second) {
+    return std::less_equal<>()(first.begin + first.bytes, second.begin);
+  };
+  for (std::size_t i = 0, j = 0; i < a.size() && j < b.size();) {
+    if (ends_before(a[i], b[j])) {
+      ++i;
+    } else if (ends_before(b[j], a[i])) {
+      ++j;
+    } else {
+      found = {a[i], b[j]};
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace fusestep::detail

@@ -32,10 +32,13 @@ struct MemoryRange {
   std::string_view what;
 };
 
-/// The first two neighbours that overlap, or nothing. Sorts `ranges`; empty ones are ignored.
+/// The first two neighbours that overlap, or nothing. Sorts `ranges` and drops empty ones.
 struct Overlap {
   MemoryRange first, second;
 };
 bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found);
+/// The first of `a` and of `b` that overlap each other. Both have been sorted by find_overlap().
+bool find_overlap(const std::vector<MemoryRange>& a, const std::vector<MemoryRange>& b,
+                  Overlap& found);
 
 }  // namespace fusestep::detail

@@ -223,7 +223,7 @@ PYBIND11_MODULE(_core, m) {
   bind_state_files(m);
   py::class_<TorchStepper>(m, "TorchStepper")
       .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
-      .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"))
+      .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"), py::arg("dtensor"))
       .def("add", &TorchStepper::add, py::arg("group"), py::arg("value"), py::arg("grad"),
            py::arg("state"), py::arg("fresh"))
       .def("step", &TorchStepper::step, py::arg("found_inf"))

@@ -16,6 +16,7 @@
 #include "checkpoint/match.h"
 #include "checkpoint/report.h"
 #include "checkpoint/state_file.h"
+#include "fusestep/detail/hyper_fields.h"
 
 namespace py = pybind11;
 
@@ -30,10 +31,9 @@ using Addresses = std::map<std::pair<int, std::string>, std::pair<std::uintptr_t
 /// State that Python holds.
 class PythonSource final : public detail::StateSource {
  public:
-  PythonSource(const std::string& description, Metadata metadata, Addresses addresses)
+  PythonSource(const std::string& description, const Addresses& addresses)
       : description_(detail::description_from_json(detail::parse_json(description, "description"))),
-        metadata_(std::move(metadata)),
-        addresses_(std::move(addresses)) {}
+        addresses_(addresses) {}
 
   const detail::Description& description() const override { return description_; }
   const Metadata& metadata() const override { return metadata_; }
@@ -49,7 +49,7 @@ class PythonSource final : public detail::StateSource {
  private:
   detail::Description description_;
   Metadata metadata_;
-  Addresses addresses_;
+  const Addresses& addresses_;
 };
 
 LoadWhat what_named(const std::string& what) {
@@ -96,33 +96,58 @@ void read_through(detail::StateFileReader& file, int parameter, const std::strin
   if (filled != 0) hand_over();
 }
 
+/// Settings of rules that are known have values of the right types.
+void check_settings(const detail::Description& saved) {
+  for (const detail::GroupDescription& group : saved.groups) {
+    Hyper hyper;
+    if (!detail::default_hyper(group.rule, hyper)) continue;
+    try {
+      detail::hyper_from_json(group.rule, group.hyper);
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument("group '" + group.name + "': " + error.what());
+    }
+  }
+}
+
 std::string match_state(const std::string& saved, const std::string& here, const std::string& what,
                         bool convert, bool values) {
   const auto read = [](const std::string& text) {
     return detail::description_from_json(detail::parse_json(text, "description"));
   };
-  const detail::Match matched =
-      detail::match(read(saved), read(here), {what_named(what), convert, values, false});
+  const detail::MatchOptions options{what_named(what), convert, values, false};
+  const detail::Description description = read(saved);
+  if (options.what != LoadWhat::kState) check_settings(description);
+  const detail::Match matched = detail::match(description, read(here), options);
   Json parameters = Json::array();
   for (const detail::Match::Pair& pair : matched.parameters) {
     parameters.push_back({pair.saved, pair.here, pair.slots});
   }
   return Json{{"report", detail::to_json(matched.report)},
-              {"complete", matched.report.complete()},
               {"parameters", parameters},
               {"settings", matched.settings}}
       .dump();
 }
 
-/// strict, what, rename (None or a callable), convert, values.
-LoadOptions load_options(const py::dict& given) {
+using Streams = std::vector<std::pair<int, std::uintptr_t>>;
+
+std::vector<Stream> streams_of(const Streams& given) {
+  std::vector<Stream> streams;
+  for (const auto& [device, handle] : given) {
+    streams.emplace_back(Device::cuda(device), reinterpret_cast<void*>(handle));
+  }
+  return streams;
+}
+
+/// strict, what, convert, values and, of files, rename (None or a callable).
+LoadOptions load_options(const py::dict& given, const std::vector<Stream>& streams) {
   LoadOptions options;
+  options.streams = streams;
   options.strict = given["strict"].cast<bool>();
   options.what = what_named(given["what"].cast<std::string>());
   options.convert = given["convert"].cast<bool>();
   options.values = given["values"].cast<bool>();
-  const auto rename = given["rename"].cast<py::object>();
-  if (!rename.is_none()) {
+  if (given.contains("rename") && !given["rename"].is_none()) {
+    const auto rename = given["rename"].cast<py::object>();
     options.rename = [rename](const std::string& name) {
       const py::gil_scoped_acquire acquire;
       return rename(name).cast<std::string>();
@@ -131,21 +156,18 @@ LoadOptions load_options(const py::dict& given) {
   return options;
 }
 
-StateDict dict_of(const std::string& description, const Metadata& metadata,
-                  const Addresses& addresses) {
-  PythonSource source(description, metadata, addresses);
+StateDict dict_of(const std::string& description, const Addresses& addresses) {
+  PythonSource source(description, addresses);
   return detail::to_dict(source);
 }
 
-/// The report; with "refused", the error's text, if the load was.
-template <class Source>
-std::string load(Optimizer& optimizer, const Source& source, const LoadOptions& options) {
+/// The report, also of a load that was refused: Python has an error of its own for that.
+template <class Load>
+std::string report_of(Load&& load) {
   try {
-    return detail::to_json(optimizer.load(source, options)).dump();
+    return detail::to_json(load()).dump();
   } catch (const LoadError& error) {
-    Json refused = detail::to_json(error.report());
-    refused["refused"] = error.what();
-    return refused.dump();
+    return detail::to_json(error.report()).dump();
   }
 }
 
@@ -193,52 +215,64 @@ void bind_state(py::class_<Optimizer>& optimizer) {
       .def(
           "save",
           [](Optimizer& self, const std::filesystem::path& path, bool values,
-             const Metadata& metadata, bool in_background) {
-            SaveOptions options;
-            options.values = values;
-            options.metadata = metadata;
+             const Metadata& metadata, bool in_background, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const SaveOptions options{values, metadata, streams};
             const py::gil_scoped_release release;
             in_background ? self.save_async(path, options) : self.save(path, options);
           },
-          py::arg("path"), py::arg("values"), py::arg("metadata"), py::arg("in_background"))
+          py::arg("path"), py::arg("values"), py::arg("metadata"), py::arg("in_background"),
+          py::arg("streams"))
       .def("wait_for_save", &Optimizer::wait_for_save, py::call_guard<py::gil_scoped_release>())
       .def(
           "load_file",
-          [](Optimizer& self, const std::filesystem::path& path, const py::dict& options) {
-            const LoadOptions given = load_options(options);
+          [](Optimizer& self, const std::filesystem::path& path, const py::dict& options,
+             const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const LoadOptions wanted = load_options(options, streams);
             const py::gil_scoped_release release;
-            return load(self, path, given);
+            return report_of([&] { return self.load(path, wanted); });
           },
-          py::arg("path"), py::arg("options"))
+          py::arg("path"), py::arg("options"), py::arg("streams"))
       .def(
           "load_dict",
-          [](Optimizer& self, const std::string& description, const Metadata& metadata,
-             const Addresses& addresses, const py::dict& options) {
-            const LoadOptions given = load_options(options);
-            const StateDict state = dict_of(description, metadata, addresses);
+          [](Optimizer& self, const std::string& description, const Addresses& addresses,
+             const py::dict& options, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const LoadOptions wanted = load_options(options, streams);
             const py::gil_scoped_release release;
-            return load(self, state, given);
+            const StateDict state = dict_of(description, addresses);
+            return report_of([&] { return self.load(state, wanted); });
           },
-          py::arg("description"), py::arg("metadata"), py::arg("addresses"), py::arg("options"))
+          py::arg("description"), py::arg("addresses"), py::arg("options"), py::arg("streams"))
       .def(
           "load_state_dict",
-          [](Optimizer& self, const std::string& description, const Metadata& metadata,
-             const Addresses& addresses) {
-            self.load_state_dict(dict_of(description, metadata, addresses));
+          [](Optimizer& self, const std::string& description, const Addresses& addresses,
+             const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const py::gil_scoped_release release;
+            const StateDict state = dict_of(description, addresses);
+            return report_of([&] {
+              self.load_state_dict(state, streams);
+              return LoadReport{};
+            });
           },
-          py::arg("description"), py::arg("metadata"), py::arg("addresses"))
-      .def("state_dict", [](Optimizer& self) {
-        const StateDict state = self.state_dict();
-        py::dict slots;
-        for (std::size_t i = 0; i < state.state.size(); ++i) {
-          for (const auto& [name, slot] : state.state[i].slots) {
-            slots[py::make_tuple(i, name)] =
-                py::bytes(reinterpret_cast<const char*>(slot.data.data()), slot.data.size());
-          }
-        }
-        return py::make_tuple(detail::to_json(detail::DictSource(state).description(), true).dump(),
-                              state.metadata, slots);
-      });
+          py::arg("description"), py::arg("addresses"), py::arg("streams"))
+      .def(
+          "state_dict",
+          [](Optimizer& self, const Streams& given) {
+            const StateDict state = self.state_dict(streams_of(given));
+            py::dict slots;
+            for (std::size_t i = 0; i < state.state.size(); ++i) {
+              for (const auto& [name, slot] : state.state[i].slots) {
+                slots[py::make_tuple(i, name)] = py::bytearray(
+                    reinterpret_cast<const char*>(slot.data.data()), slot.data.size());
+              }
+            }
+            return py::make_tuple(
+                detail::to_json(detail::DictSource(state).description(), true).dump(), slots);
+          },
+          py::arg("streams"));
 }
 
 }  // namespace fusestep::bindings

@@ -9,6 +9,8 @@
 #include <string>
 #include <utility>
 
+#include "torch_device.h"
+
 namespace py = pybind11;
 
 namespace fusestep::bindings {
@@ -30,13 +32,13 @@ std::optional<RealType> real_type(dlpack::DType type) {
   return {};
 }
 
-std::optional<RealType> real_type(const std::string& name) {
-  if (name == "torch.float32") return {{fusestep::DType::kFloat32, 1}};
-  if (name == "torch.float64") return {{fusestep::DType::kFloat64, 1}};
-  if (name == "torch.float16") return {{fusestep::DType::kFloat16, 1}};
-  if (name == "torch.bfloat16") return {{fusestep::DType::kBFloat16, 1}};
-  if (name == "torch.complex64") return {{fusestep::DType::kFloat32, 2}};
-  if (name == "torch.complex128") return {{fusestep::DType::kFloat64, 2}};
+std::optional<dlpack::DType> type_named(const std::string& name) {
+  if (name == "torch.float32") return {{dlpack::kFloat, 32, 1}};
+  if (name == "torch.float64") return {{dlpack::kFloat, 64, 1}};
+  if (name == "torch.float16") return {{dlpack::kFloat, 16, 1}};
+  if (name == "torch.bfloat16") return {{dlpack::kBfloat, 16, 1}};
+  if (name == "torch.complex64") return {{dlpack::kComplex, 64, 1}};
+  if (name == "torch.complex128") return {{dlpack::kComplex, 128, 1}};
   return {};
 }
 
@@ -44,6 +46,21 @@ std::int64_t count(RealType type, const std::int64_t* shape, int ndim) {
   std::int64_t elements = type.per_element;
   for (int i = 0; i < ndim; ++i) elements *= shape[i];
   return elements;
+}
+
+std::optional<TensorInfo> info_of(const dlpack::Tensor& raw) {
+  const auto type = real_type(raw.dtype);
+  if (!type) return {};
+  const auto device = device_of(raw);
+  if (!device) return {};
+  return TensorInfo{static_cast<char*>(raw.data) + raw.byte_offset,
+                    count(*type, raw.shape, raw.ndim),
+                    type->dtype,
+                    type->per_element == 2,
+                    *device,
+                    raw.ndim,
+                    raw.shape,
+                    raw.strides};
 }
 
 }  // namespace
@@ -94,8 +111,6 @@ std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
       api_ != nullptr ? read_by_exchange(tensor) : read_by_methods(tensor);
   // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
   if (info && info->data == nullptr && info->elements != 0) return {};
-  static const int cuda_devices = cuda_device_count();
-  if (info && info->device.is_cuda() && info->device.index >= cuda_devices) return {};
   return info;
 }
 
@@ -105,23 +120,12 @@ std::optional<TensorInfo> TensorReader::read_by_exchange(PyObject* tensor) const
     PyErr_Clear();
     return {};
   }
-  const auto type = real_type(raw.dtype);
-  const bool on_cpu = raw.device_type == dlpack::kCpu || raw.device_type == dlpack::kCudaHost;
-  const bool on_cuda = raw.device_type == dlpack::kCuda || raw.device_type == dlpack::kCudaManaged;
-  if (!type || (!on_cpu && !on_cuda)) return {};
-  return TensorInfo{static_cast<char*>(raw.data) + raw.byte_offset,
-                    count(*type, raw.shape, raw.ndim),
-                    type->dtype,
-                    type->per_element == 2,
-                    on_cuda ? Device::cuda(raw.device_id) : Device::cpu(),
-                    raw.ndim,
-                    raw.shape,
-                    raw.strides};
+  return info_of(raw);
 }
 
 std::optional<TensorInfo> TensorReader::read_by_methods(PyObject* object) const {
   const auto tensor = py::reinterpret_borrow<py::object>(object);
-  const auto type = real_type(std::string(py::str(tensor.attr("dtype"))));
+  const auto type = type_named(std::string(py::str(tensor.attr("dtype"))));
   const py::object device = tensor.attr("device");
   const std::string kind = py::str(device.attr("type"));
   const bool strided = py::str(tensor.attr("layout")).cast<std::string>() == "torch.strided";
@@ -130,30 +134,17 @@ std::optional<TensorInfo> TensorReader::read_by_methods(PyObject* object) const 
   const auto strides = tensor.attr("stride")().cast<std::vector<std::int64_t>>();
   const int ndim = static_cast<int>(extents.size());
   extents.insert(extents.end(), strides.begin(), strides.end());
-  TensorInfo info{reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>()),
-                  count(*type, extents.data(), ndim),
-                  type->dtype,
-                  type->per_element == 2,
-                  kind == "cuda" ? Device::cuda(device.attr("index").cast<int>()) : Device::cpu(),
-                  ndim,
-                  nullptr,
-                  nullptr,
-                  std::move(extents)};
-  info.shape = info.owned.data();  // a move of a vector leaves its elements where they are
-  info.strides = info.owned.data() + ndim;
+  const bool on_cuda = kind == "cuda";
+  auto info = info_of({reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>()),
+                       on_cuda ? dlpack::kCuda : dlpack::kCpu,
+                       on_cuda ? device.attr("index").cast<std::int32_t>() : 0, ndim, *type,
+                       extents.data(), extents.data() + ndim, 0});
+  if (info) info->owned = std::move(extents);  // a move leaves the elements where they are
   return info;
 }
 
 void* TensorReader::current_stream(Device device) const {
-  if (api_ != nullptr && api_->current_work_stream != nullptr) {
-    void* stream = nullptr;
-    if (api_->current_work_stream(dlpack::kCuda, device.index, &stream) != 0) {
-      throw py::error_already_set();
-    }
-    return stream;
-  }
-  const py::object current = py::module_::import("torch.cuda").attr("current_stream")(device.index);
-  return reinterpret_cast<void*>(current.attr("cuda_stream").cast<std::uintptr_t>());
+  return bindings::current_stream(api_, device);
 }
 
 }  // namespace fusestep::bindings

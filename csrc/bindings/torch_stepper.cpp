@@ -20,6 +20,10 @@ struct Keys {
   PyObject* step = PyUnicode_InternFromString("step");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* is_conj = PyUnicode_InternFromString("is_conj");
+  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+  PyObject* spec = PyUnicode_InternFromString("_spec");
+  PyObject* placements = PyUnicode_InternFromString("placements");
+  PyObject* mesh = PyUnicode_InternFromString("mesh");
   PyObject* differentiable = PyUnicode_InternFromString("differentiable");
   PyObject* lr = PyUnicode_InternFromString("lr");
   PyObject* betas = PyUnicode_InternFromString("betas");
@@ -61,6 +65,19 @@ bool says_yes(PyObject* tensor, PyObject* question) {
       py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, question));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
+}
+
+py::object attribute(PyObject* owner, PyObject* name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner, name));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+bool equal_in(const py::object& a, const py::object& b, PyObject* name) {
+  const py::object first = attribute(a.ptr(), name), second = attribute(b.ptr(), name);
+  const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
+  if (answer < 0) throw py::error_already_set();
+  return answer == 1;
 }
 
 PyObject* item(PyObject* group, PyObject* key) {
@@ -148,8 +165,40 @@ bool TorchStepper::is_lazily_changed(PyObject* tensor, const TensorInfo& info) c
   return says_yes(tensor, keys().is_neg) || (info.is_complex && says_yes(tensor, keys().is_conj));
 }
 
-bool TorchStepper::fill(PyObject* value, PyObject* grad, PyObject* state,
-                        detail::BorrowedTensor& tensor) const {
+bool TorchStepper::is_dtensor(PyObject* tensor) const {
+  return !dtensor_.is_none() &&
+         PyObject_TypeCheck(tensor, reinterpret_cast<PyTypeObject*>(dtensor_.ptr()));
+}
+
+/// Of a DTensor the part that is on this rank; of any other tensor itself.
+py::object TorchStepper::local(PyObject* tensor) const {
+  if (is_dtensor(tensor)) return attribute(tensor, keys().local_tensor);
+  return py::reinterpret_borrow<py::object>(tensor);
+}
+
+/// Whether the local parts of two tensors are the same elements of the whole. What was found alike
+/// at this place of the last step is not compared again.
+bool TorchStepper::placed_alike(PyObject* a, PyObject* b) {
+  const bool is_part = is_dtensor(a);
+  if (is_part != is_dtensor(b)) return false;
+  if (!is_part) return true;
+  if (compared_ == alike_.size()) alike_.emplace_back();
+  auto& known = alike_[compared_++];
+  const py::object first = attribute(a, keys().spec), second = attribute(b, keys().spec);
+  if (first.is(second) || (known.first.is(first) && known.second.is(second))) return true;
+  if (!equal_in(first, second, keys().mesh) || !equal_in(first, second, keys().placements)) {
+    return false;
+  }
+  known = {first, second};
+  return true;
+}
+
+bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
+                        detail::BorrowedTensor& tensor) {
+  if (!placed_alike(whole_value, whole_grad)) return false;
+  const py::object local_value = local(whole_value), local_grad = local(whole_grad);
+  PyObject* const value = local_value.ptr();
+  PyObject* const grad = local_grad.ptr();
   const auto value_info = reader_.read(value);
   if (!value_info) return false;
   const auto grad_info = reader_.read(grad);
@@ -177,8 +226,8 @@ bool TorchStepper::fill(PyObject* value, PyObject* grad, PyObject* state,
   if (state == nullptr) return false;
   for (std::size_t i = 0; i < kind.slot_keys.size(); ++i) {
     PyObject* const slot = PyDict_GetItemWithError(state, kind.slot_keys[i]);
-    if (is_none_or_missing(slot)) return false;
-    const auto slot_info = reader_.read(slot);
+    if (is_none_or_missing(slot) || !placed_alike(whole_value, slot)) return false;
+    const auto slot_info = reader_.read(local(slot).ptr());
     if (!slot_info || !slot_info->laid_out_as(*value_info)) return false;
     if (slot_info->is_complex != value_info->is_complex) return false;
     if (i > 0 && slot_info->dtype != tensor.slot_dtype) return false;
@@ -201,12 +250,16 @@ bool TorchStepper::fill(PyObject* value, PyObject* grad, PyObject* state,
 
 void TorchStepper::take(PyObject* value, const detail::BorrowedTensor& tensor) {
   tensors_.push_back(tensor);
+  ++taken_;
   if (PyList_Append(written_.ptr(), value) != 0) throw py::error_already_set();
+  if (!is_dtensor(value)) return;
+  // Its version counter and that of its local tensor are two; graphs are built through both.
+  if (PyList_Append(written_.ptr(), local(value).ptr()) != 0) throw py::error_already_set();
 }
 
 /// A parameter without a gradient is handed over too: who comes and goes leaves the rest in place.
 void TorchStepper::rest(std::int32_t group, PyObject* value) {
-  const auto info = reader_.read(value);
+  const auto info = reader_.read(local(value).ptr());
   if (!info) return;
   detail::BorrowedTensor tensor;
   tensor.group = group;
@@ -217,11 +270,15 @@ void TorchStepper::rest(std::int32_t group, PyObject* value) {
   tensors_.push_back(tensor);
 }
 
-py::list TorchStepper::gather(const py::list& groups, const py::dict& state) {
+py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
+                              const py::object& dtensor) {
+  dtensor_ = dtensor;
   groups_.clear();
   kinds_.clear();
   tensors_.clear();
   lr_tensors_.clear();
+  taken_ = 0;
+  compared_ = 0;
   written_ = py::list();
   py::list unready;
   for (std::size_t i = 0; i < groups.size(); ++i) {
@@ -243,8 +300,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state) {
     if (!params) throw py::error_already_set();
     for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j) {
       PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
-      const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, keys().grad));
-      if (!grad) throw py::error_already_set();
+      const py::object grad = attribute(value, keys().grad);
       if (grad.is_none()) {
         rest(static_cast<std::int32_t>(i), value);
         continue;
@@ -298,13 +354,15 @@ void TorchStepper::step(const py::object& found_inf) {
   }
   read_foreign_lr();
   std::vector<Stream> streams;
-  for (const detail::BorrowedTensor& tensor : tensors_) {
-    const auto known = [&](const Stream& stream) { return stream.device == tensor.device; };
-    if (!tensor.device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) continue;
-    streams.emplace_back(tensor.device, reader_.current_stream(tensor.device));
-  }
+  const auto add_stream = [&](Device device) {
+    const auto known = [&](const Stream& stream) { return stream.device == device; };
+    if (!device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) return;
+    streams.emplace_back(device, reader_.current_stream(device));
+  };
+  for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device);
+  if (options.skip_source.present) add_stream(options.skip_source.device);
   options.streams = streams;
-  stepped_ = static_cast<int>(PyList_GET_SIZE(written_.ptr()));
+  stepped_ = taken_;
   const py::gil_scoped_release release;
   optimizer_.step(groups_, tensors_, options);
 }

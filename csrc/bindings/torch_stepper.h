@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "borrowed.h"
@@ -22,8 +23,10 @@ class TorchStepper {
 
   /// Reads all groups, and takes every parameter with a gradient whose memory can be stepped as it
   /// is. Returns (group index, parameter) of the others: state is missing or elsewhere, the memory
-  /// is not dense and of one layout, or the group is differentiable.
-  pybind11::list gather(const pybind11::list& groups, const pybind11::dict& state);
+  /// is not dense and of one layout, or the group is differentiable. `dtensor`: torch's class of
+  /// that name, or None; of its tensors the local parts are stepped, where all are placed alike.
+  pybind11::list gather(const pybind11::list& groups, const pybind11::dict& state,
+                        const pybind11::object& dtensor);
 
   /// Takes one parameter more; false if it cannot be stepped as it is. `fresh`: its momentum buffer
   /// holds nothing yet.
@@ -48,7 +51,11 @@ class TorchStepper {
 
   detail::BorrowedGroup read_group(PyObject* group) const;
   double number(PyObject* value) const;
-  bool fill(PyObject* value, PyObject* grad, PyObject* state, detail::BorrowedTensor& tensor) const;
+  bool is_dtensor(PyObject* tensor) const;
+  pybind11::object local(PyObject* tensor) const;
+  bool placed_alike(PyObject* a, PyObject* b);
+  bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
+            detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
   void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, const detail::BorrowedTensor& tensor);
@@ -61,7 +68,11 @@ class TorchStepper {
   std::vector<detail::BorrowedGroup> groups_;
   std::vector<detail::BorrowedTensor> tensors_;
   std::vector<pybind11::object> lr_tensors_;  // by group, where the lr is read on the device
+  pybind11::object dtensor_ = pybind11::none();
+  std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
+  std::size_t compared_ = 0;
   pybind11::list written_;
+  int taken_ = 0;
   int stepped_ = 0;
 };
 

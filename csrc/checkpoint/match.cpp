@@ -35,6 +35,13 @@ std::set<std::string_view> slots_of_rule(std::string_view rule) {
   return names;
 }
 
+/// That of the pairs complex numbers are stored as; otherwise the same.
+std::string dtype_of_reals(const std::string& dtype) {
+  if (dtype == "complex64") return "float32";
+  if (dtype == "complex128") return "float64";
+  return dtype == "complex32" ? "float16" : dtype;
+}
+
 std::string json_text(const Json& object, const std::string& key) {
   const auto found = object.find(key);
   return found == object.end() ? "" : found->dump();
@@ -185,7 +192,7 @@ class Matcher {
       const std::string text = to.name + "/" + name;
       if (name == kValue) {
         if (!options_.values) continue;
-        check_tensor(text, slot, to.value.shape, {to.value.dtype});
+        check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
       } else if (known.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
       } else {

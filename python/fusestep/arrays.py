@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import _core, state
 from .memory import memory_of
-from .state import LoadReport, Rename
+from .state import LoadReport, Path, Rename
 
 RULES = ("Adam", "AdamW", "SGD", "RMSprop")
 
@@ -43,6 +43,7 @@ class Optimizer:
         self._hyper = hyper
         self._arrays: dict[str, Any] = {}
         self._groups: list[str] = []
+        self._devices: set[int] = set()  # CUDA devices that arrays are on
         groups = [{"params": groups}] if isinstance(groups, Mapping) and "params" not in groups else groups
         for group in [groups] if isinstance(groups, Mapping) else groups:
             self.add_group(group)
@@ -58,6 +59,7 @@ class Optimizer:
         self._core.add_group(name, self.rule, hyper, memory)
         self._groups.append(name)
         self._arrays.update(arrays)
+        self._devices.update(device for _, (*_, device) in memory if device is not None)
 
     def step(
         self,
@@ -89,7 +91,7 @@ class Optimizer:
         }
         for name in self._arrays:
             self._core.set_grad(name, memory.get(name))
-        self._core.step(skip, grad_multiplier, max_grad_norm, skip_nonfinite, _streams(memory.values()))
+        self._core.step(skip, grad_multiplier, max_grad_norm, skip_nonfinite, _streams(self._devices))
 
     def set_hyper(self, group: str | int = "0", **changed: Any) -> None:
         """Changes hyperparameters of a group from the next step on."""
@@ -127,26 +129,31 @@ class Optimizer:
         """Steps that changed nothing."""
         return self._core.skipped_steps()
 
-    def save(
-        self, path: str | os.PathLike[str], *, values: bool = False, metadata: Mapping[str, Any] | None = None
-    ) -> None:
+    def save(self, path: Path, *, values: bool = False, metadata: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file, which appears whole or not at all; an older one stays until then.
 
         Args:
+            path: where.
             values: the parameters' values too.
             metadata: the user's own, anything JSON can hold.
-        """
-        self._core.save(os.fspath(path), values, state.encode_metadata(metadata), False)
 
-    def save_async(
-        self, path: str | os.PathLike[str], *, values: bool = False, metadata: Mapping[str, Any] | None = None
-    ) -> None:
+        Raises:
+            fusestep.FileError: the file could not be written.
+        """
+        self._save(path, values, metadata, in_background=False)
+
+    def save_async(self, path: Path, *, values: bool = False, metadata: Mapping[str, Any] | None = None) -> None:
         """Copies the state and writes it in the background.
 
-        What goes wrong there is raised by the next save, save_async or wait_for_save, which wait for it
-        and then do nothing else.
+        What goes wrong there is raised by the next save, save_async, load or wait_for_save, which wait
+        for it and then do nothing else.
         """
-        self._core.save(os.fspath(path), values, state.encode_metadata(metadata), True)
+        self._save(path, values, metadata, in_background=True)
+
+    def _save(self, path, values, metadata, in_background):
+        encoded = state.encode_metadata(metadata)
+        path = state.path_of(path, "a file's path")
+        self._core.save(path, values, encoded, in_background, _streams(self._devices))
 
     def wait_for_save(self) -> None:
         """Waits for save_async, and raises what went wrong."""
@@ -154,13 +161,14 @@ class Optimizer:
 
     def load(
         self,
-        source: str | os.PathLike[str] | Mapping[str, Any],
+        source: Path | Mapping[str, Any],
         strict: bool = True,
         what: str = "all",
         rename: Rename = None,
         *,
         convert: bool = False,
         values: bool = True,
+        saved_names: Iterable[str] | Iterable[tuple[str, Any]] | None = None,
     ) -> LoadReport:
         """Takes state by the parameters' names, whatever groups they were in when it was saved.
 
@@ -169,81 +177,100 @@ class Optimizer:
                 what `state_dict` has given.
             strict: refuse if anything is missing, unexpected or of another shape or dtype; otherwise
                 load what matches.
-            what: 'all'; 'state' keeps the settings there are now; 'hyper' takes only settings.
+            what: 'all'; 'state' keeps the settings there are now; 'hyper' takes only settings. 'all'
+                also freezes and thaws parameters as they were.
             rename: saved names to names here: a dict or a function.
             convert: round state of other dtypes. Otherwise it does not fit.
             values: parameters' values too, where they were saved.
+            saved_names: of the source's parameters in their order, where it has none.
 
-        Returns a report. Raises LoadError, which has it too, or FileError; then nothing has changed.
+        Returns a report. Raises LoadError, which has it too, another InvalidArgument, or FileError; then
+        nothing has changed.
         """
-        new_name = None if rename is None else state.renaming(rename)
-        options = {"strict": strict, "what": what, "rename": new_name, "convert": convert, "values": values}
+        self._core.wait_for_save()
+        options = {"strict": strict, "what": what, "convert": convert, "values": values}
         if isinstance(source, Mapping):
-            description, arrays = self._packed(source)
-            report = self._core.load_dict(description, {}, _addresses(arrays), options)
+            state.check_state_dict(source)
+            description, arrays = self._packed(source, state.names_in(source, saved_names), rename)
+            report = self._core.load_dict(description, _addresses(arrays), options, _streams(self._devices))
         else:
-            report = self._core.load_file(os.fspath(source), options)
+            path = state.path_of(source, "a file's path or a state_dict")
+            options["rename"] = self._renaming_of(path, saved_names, rename)
+            report = self._core.load_file(path, options, _streams(self._devices))
         return state.checked(LoadReport.from_json(json.loads(report)), strict)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's structure, of copies: `state` by position, and `param_groups`.
 
-        Groups also have `name` and `param_names`, which `load` goes by.
+        Groups also have `name` and `param_names`, which `load` goes by, and `frozen` where one is.
         """
         import numpy
 
-        text, _, contents = self._core.state_dict()
-        groups, states = [], {}
+        text, contents = self._core.state_dict(_streams(self._devices))
+        groups, states, numbers = [], {}, itertools.count()
         for group in json.loads(text):
-            first = sum(len(g["params"]) for g in groups)
-            settings = {key: state.decode(value, numpy.asarray) for key, value in group["hyper"].items()}
-            if "betas" in settings:
-                settings["betas"] = tuple(settings["betas"])
-            names = [p["name"] for p in group["params"]]
-            numbers = list(range(first, first + len(names)))
             frozen = [p.get("frozen", False) for p in group["params"]]
-            flags = {"frozen": frozen} if any(frozen) else {}
-            groups.append({"name": group["name"], **settings, **flags, "param_names": names, "params": numbers})
-            for number, p in zip(numbers, group["params"], strict=True):
-                if not p["slots"]:
-                    continue
+            indices = list(itertools.islice(numbers, len(frozen)))
+            groups.append(
+                {
+                    "name": group["name"],
+                    **{key: state.decode(value, key, numpy.asarray) for key, value in group["hyper"].items()},
+                    **({"frozen": frozen} if any(frozen) else {}),
+                    "param_names": [p["name"] for p in group["params"]],
+                    "params": indices,
+                }
+            )
+            for index, p in zip(indices, group["params"], strict=True):
                 slots = {
-                    slot: numpy.frombuffer(contents[number, slot], described["dtype"])
-                    .reshape(described["shape"])
-                    .copy()
+                    slot: numpy.frombuffer(contents[index, slot], described["dtype"]).reshape(described["shape"])
                     for slot, described in p["slots"].items()
                 }
-                counted = {} if self.rule == "SGD" else {"step": numpy.asarray(p["step"], dtype=numpy.float32)}
-                states[number] = {**counted, **slots}
+                count = {} if self.rule == "SGD" else {"step": numpy.asarray(p["step"], numpy.float32)}
+                if slots:
+                    states[index] = {**count, **slots}
         return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes a state_dict by position, as torch does, with torch's checks. Changes nothing if refused."""
-        description, arrays = self._packed(state_dict)
-        self._core.load_state_dict(description, {}, _addresses(arrays))
+        state.check_state_dict(state_dict)
+        names = list(self._arrays)
+        if len(names) != len(state.indices_of(state_dict)):
+            names = [str(number) for number, _ in enumerate(state.indices_of(state_dict))]  # is refused
+        description, arrays = self._packed(state_dict, names, by_position=True)
+        report = self._core.load_state_dict(description, _addresses(arrays), _streams(self._devices))
+        state.checked(LoadReport.from_json(json.loads(report)), strict=True)
 
-    def _packed(self, state_dict):
+    def _check_named(self, description):
+        here = [{"params": [{"name": name} for name in self._arrays]}]
+        state.check_named_alike(description, here, here_is_named=True)
+
+    def _renaming_of(self, path, saved_names, rename):
+        """Names in the file to names here."""
+        description = json.loads(_core.StateFileReader(path).description)
+        old = [parameter["name"] for parameter in state.parameters_of(description)]
+        if saved_names is not None:
+            state.name_all(description, saved_names)
+        self._check_named(description)
+        state.rename_all(description, rename)
+        new = [parameter["name"] for parameter in state.parameters_of(description)]
+        return None if new == old else dict(zip(old, new, strict=True)).__getitem__
+
+    def _packed(self, state_dict, names, rename=None, by_position=False):
         """(description, slots by position and name) of a state_dict, which may be torch's."""
-        import numpy
-
-        groups = state_dict["param_groups"]
-        indices = [index for group in groups for index in group["params"]]
-        names = [name for group in groups for name in group.get("param_names", ())]
-        if not names:
-            names = list(self._arrays)
-        if len(names) != len(indices):
-            names = [str(index) for index in indices]
-        description = state.describe_state_dict(state_dict, self.rule, dict(zip(indices, names, strict=True)))
+        state_dict = state.counts_by_parameter(state_dict, float)
+        description = state.describe_state_dict(state_dict, self.rule, names)
+        if not by_position:
+            self._check_named(description)
+        state.rename_all(description, rename)
         state.fill_unknown(description, {name: _describe(name, array) for name, array in self._arrays.items()})
-        frozen = [flag for group in groups for flag in group.get("frozen", [None] * len(group["params"]))]
-        arrays = {}
+        frozen = [flag for group in state_dict["param_groups"] for flag in _frozen_flags(group)]
+        arrays, indices = {}, state.indices_of(state_dict)
         for number, parameter in enumerate(state.parameters_of(description)):
             name = parameter["name"]
             here = name in self._arrays and self._core.frozen(name)
-            parameter["frozen"] = bool(here if frozen[number] is None else frozen[number])
+            parameter["frozen"] = here if frozen[number] is None else bool(frozen[number])
             for slot in parameter["slots"]:
-                value = numpy.asarray(state_dict["state"][indices[number]][slot])
-                arrays[number, slot] = numpy.ascontiguousarray(value).reshape(value.shape)
+                arrays[number, slot] = _as_numpy(state_dict["state"][indices[number]][slot], name, slot)
         return json.dumps(description), arrays
 
 
@@ -252,12 +279,30 @@ def _describe(name, array):
     return {"dtype": dtype, "shape": list(shape)}
 
 
+def _frozen_flags(group):
+    """Of each parameter; None where the dict does not say, as torch's."""
+    flags, count = group.get("frozen"), len(group["params"])
+    return flags if isinstance(flags, (list, tuple)) and len(flags) == count else [None] * count
+
+
+def _as_numpy(value, name, slot):
+    """In C order and CPU memory, a copy only if it must be."""
+    import numpy
+
+    try:
+        value = value.detach() if hasattr(value, "detach") else value
+        array = value.get() if hasattr(value, "get") else numpy.asarray(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _core.InvalidArgument(f"parameter '{name}', '{slot}' is no array: {error}") from None
+    return numpy.ascontiguousarray(array).reshape(array.shape)
+
+
 def _addresses(arrays):
     return {key: (array.ctypes.data, array.nbytes) for key, array in arrays.items()}
 
 
-def _streams(memory):
-    devices = {device for *_, device in memory if device is not None}
+def _streams(devices):
+    """CuPy's current stream of each device."""
     if not devices:
         return []
     import cupy

@@ -4,23 +4,28 @@
 
 from __future__ import annotations
 
+import collections
 import json
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
 from . import _core, state
-from .state import LoadReport, Rename
+from .freezing import refuse_wrong_values
+from .names import listed
+from .sources import dtype_named, open_source, pieces_of, plain
+from .state import LoadReport, Path, Rename
 
-Path = str | os.PathLike[str]
 Names = torch.nn.Module | Iterable[tuple[str, torch.Tensor]] | None
+SavedNames = torch.nn.Module | Iterable[str] | Iterable[tuple[str, Any]] | None
 
-PIECE = 4 << 20  # bytes of pinned memory that state of other devices goes through
+# How another program wanted to step: of a loaded group they would steer nothing here.
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
+# In the order in which steps make them.
+SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "momentum_buffer", "grad_avg", "value")
 
 
 class Checkpoints:
@@ -43,18 +48,19 @@ class Checkpoints:
             fusestep.InvalidArgument: something cannot be saved.
         """
         self.wait_for_save()
-        _Snapshot(self, names, values, metadata).write(path)
+        _Snapshot(self, names, values, metadata).write(state.path_of(path, "a file's path"))
 
     def save_async(
         self, path: Path, *, values: bool = False, metadata: Mapping[str, Any] | None = None, names: Names = None
     ) -> None:
         """Copies the state to the CPU's memory and writes it in the background.
 
-        What goes wrong there is raised by the next save, save_async or wait_for_save, which wait for it
-        and then do nothing else.
+        What goes wrong there is raised by the next save, save_async, load or wait_for_save, which wait
+        for it and then do nothing else.
         """
         self.wait_for_save()
         snapshot = _Snapshot(self, names, values, metadata)
+        path = state.path_of(path, "a file's path")
         snapshot.detach()
         executor = ThreadPoolExecutor(1, thread_name_prefix="fusestep-save")
         self.__dict__["_saving"] = executor.submit(snapshot.write, path)
@@ -62,8 +68,10 @@ class Checkpoints:
 
     def wait_for_save(self) -> None:
         """Waits for save_async, and raises what went wrong."""
-        saving: Future | None = self.__dict__.pop("_saving", None)
+        saving: Future | None = self.__dict__.get("_saving")
         if saving is not None:
+            wait([saving])  # apart: an interrupt leaves it to the next call
+            del self.__dict__["_saving"]
             saving.result()
 
     def load(
@@ -76,7 +84,7 @@ class Checkpoints:
         convert: bool = False,
         values: bool = True,
         names: Names = None,
-        saved_names: Iterable[str] | Iterable[tuple[str, Any]] | None = None,
+        saved_names: SavedNames = None,
     ) -> LoadReport:
         """Takes state by the parameters' names, whatever groups and order they had when it was saved.
 
@@ -91,25 +99,30 @@ class Checkpoints:
             convert: round state of other dtypes. Otherwise it does not fit.
             values: parameters' values too, where they were saved.
             names: of this optimizer's parameters, as for `save`.
-            saved_names: of the source's parameters, in the order the optimizer had them: a list, or
-                `named_parameters()` as they were. For a state_dict that has no names.
+            saved_names: of the source's parameters, where it has none: the model or
+                `named_parameters()` as the saved optimizer had them, or a list of names.
 
-        Returns a report. Raises fusestep.LoadError, which has it too, or fusestep.FileError; then
+        Returns a report. Raises LoadError, which has it too, another InvalidArgument, or FileError; then
         nothing has changed.
         """
         self.wait_for_save()
-        here = _describe(self, _names_here(self, names))
-        opened = _open(source, type(self), saved_names)
-        saved = opened.description
-        _check_named_alike(saved, here)
+        own_names, is_named = _names_here(self, names)
+        here = _describe(self, own_names, for_file=False)
+        source = open_source(source, _rule(self), _pairs(saved_names))
+        saved = source.description
+        state.check_named_alike(saved, here, is_named)
         state.rename_all(saved, rename)
         state.fill_unknown(saved, {parameter["name"]: parameter for parameter in state.parameters_of(here)})
+        if isinstance(self, torch.optim.AdamW):
+            for group in saved:
+                group["hyper"]["decoupled_weight_decay"] = True  # it is, also of a group that was Adam's
         matched = json.loads(_core.match_state(json.dumps(saved), json.dumps(here), what, convert, values))
-        matched["report"]["metadata"] = opened.metadata
+        matched["report"]["metadata"] = source.metadata
         report = state.checked(LoadReport.from_json(matched["report"]), strict)
-        commit = _Commit(self, opened, saved, matched, thaws=what == "all" and opened.knows_frozen)
-        commit.run()
-        self.__dict__["_kept_metadata"] = opened.metadata
+        new = _NewState(self, source, matched, what)
+        with torch.no_grad():
+            new.enter()
+        self.__dict__["_kept_metadata"] = source.metadata
         return report
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -118,63 +131,89 @@ class Checkpoints:
         Besides what torch takes: state of apex's and DeepSpeed's FusedAdam, whose step counts stand in
         the groups. float32 state of bf16 and fp16 parameters stays float32.
         """
-        found = {}
-
-        def prepare(optimizer, given):
-            found.update(_counts_by_parameter(given))
-            _warn_of_other_order(optimizer, found)
-            return found
-
-        before = self.register_load_state_dict_pre_hook(prepare)
-        after = self.register_load_state_dict_post_hook(lambda own: _keep_wide(own, found), prepend=True)
+        around = _AroundTorchsLoad()
+        before = self.register_load_state_dict_pre_hook(around.before)
+        after = self.register_load_state_dict_post_hook(around.after, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+        if around.other_names:
+            text = (
+                "load_state_dict goes by position, and the names of parameters are others there: "
+                f"{listed(around.other_names, 4)}. load() goes by name"
+            )
+            warnings.warn(text, stacklevel=2)
 
 
 # ---- what is here ------------------------------------------------------------------------------
 
 
-def _names_here(optimizer, names: Names) -> list[str]:
-    """Of every parameter, group after group; numbers where nobody knows."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def _rule(optimizer):
+    return optimizer._torch_class.__name__
+
+
+def _pairs(names):
+    return names.named_parameters() if isinstance(names, torch.nn.Module) else names
+
+
+def _names_here(optimizer, names: Names) -> tuple[list[str], bool]:
+    """Of every parameter, group after group; numbers, and False, where nobody knows."""
+    groups = optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"]]
     if names is not None:
-        if isinstance(names, torch.nn.Module):
-            names = names.named_parameters(remove_duplicate=False)
-        known = {}
-        for name, p in names:
-            known.setdefault(id(p), name)
+        known = _names_by_id(names)
         for index, p in enumerate(parameters):
             if id(p) not in known:
                 raise _core.InvalidArgument(f"names: parameter {index}, of shape {list(p.shape)}, has none")
-        return [known[id(p)] for p in parameters]
-    if all("param_names" in group for group in optimizer.param_groups):
-        return [name for group in optimizer.param_groups for name in group["param_names"]]
-    return [str(index) for index in range(len(parameters))]
+        return [known[id(p)] for p in parameters], True
+    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
+        return [name for group in groups for name in group.get("param_names", ())], True
+    return [str(index) for index in range(len(parameters))], False
 
 
-def _describe(optimizer, names: list[str]) -> list[dict[str, Any]]:
-    packed = {
-        "state": dict(enumerate(optimizer.state.get(p, {}) for g in optimizer.param_groups for p in g["params"])),
-        "param_groups": [],
+def _names_by_id(names):
+    if isinstance(names, torch.nn.Module):
+        names = names.named_parameters(remove_duplicate=False)
+    known: dict[int, str] = {}
+    try:
+        for name, p in names:
+            known.setdefault(id(p), name)
+    except (TypeError, ValueError):
+        raise _core.InvalidArgument("names: expected a model or its named_parameters()") from None
+    return known
+
+
+def _describe(optimizer, names: list[str], for_file: bool) -> state.Description:
+    """Groups and parameters here. Settings that a file cannot have are refused for one, or passed over."""
+    groups, name_of_next = [], iter(names)
+    for number, group in enumerate(optimizer.param_groups):
+        name = str(group.get("name", number))
+        groups.append(
+            {
+                "name": name,
+                "rule": _rule(optimizer),
+                "hyper": state.encode_settings(group, f"group '{name}'", pass_over=not for_file),
+                "params": [_describe_parameter(next(name_of_next), p) for p in group["params"]],
+            }
+        )
+    return groups
+
+
+def _describe_parameter(name, p):
+    if hasattr(p, "to_local"):
+        raise _core.InvalidArgument(f"parameter '{name}' is distributed: use torch.distributed.checkpoint")
+    as_slot = state.describe_tensor(p)
+    return {
+        "name": name,
+        "dtype": state.dtype_name(p),
+        "shape": list(p.shape),
+        "frozen": not p.requires_grad,
+        "slots": {},
+        "slot_dtypes": [as_slot["dtype"], *(["float32"] if p.dtype.itemsize == 2 else [])],
+        "slot_shape": as_slot["shape"],
     }
-    first = 0
-    for group in optimizer.param_groups:
-        packed["param_groups"].append({**group, "params": range(first, first + len(group["params"]))})
-        first += len(group["params"])
-    description = state.describe_state_dict(packed, type(optimizer)._torch_class.__name__, names)
-    for group, own in zip(description, optimizer.param_groups, strict=True):
-        if issubclass(type(optimizer), torch.optim.AdamW):
-            group["hyper"].setdefault("decoupled_weight_decay", True)
-        for parameter, p in zip(group["params"], own["params"], strict=True):
-            as_slot = state.describe_tensor(p)
-            parameter["dtype"], parameter["shape"] = state.dtype_name(p), list(p.shape)
-            parameter["frozen"] = not p.requires_grad
-            parameter["slot_dtypes"] = [as_slot["dtype"]] + (["float32"] if p.dtype.itemsize == 2 else [])
-            parameter["slot_shape"] = as_slot["shape"]
-    return description
 
 
 # ---- saving ------------------------------------------------------------------------------------
@@ -185,254 +224,125 @@ class _Snapshot:
 
     def __init__(self, optimizer, names, values, metadata):
         self._metadata = {**optimizer.__dict__.get("_kept_metadata", {}), **state.encode_metadata(metadata)}
-        self._description = _describe(optimizer, _names_here(optimizer, names))
-        described = state.parameters_of(self._description)
+        self._description = _describe(optimizer, _names_here(optimizer, names)[0], for_file=True)
+        self._tensors = {}  # by (parameter, slot)
+        for key in optimizer.state:
+            if not torch.is_tensor(key):
+                raise _core.InvalidArgument(f"state[{key!r}] is of no parameter, and is not saved")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._tensors = {}
-        for index, (p, parameter) in enumerate(zip(parameters, described, strict=True)):
-            del parameter["slot_dtypes"], parameter["slot_shape"]
-            for slot in parameter["slots"]:
-                self._tensors[index, slot] = optimizer.state[p][slot]
-            if values:
-                parameter["slots"]["value"] = state.describe_tensor(p)
-                self._tensors[index, "value"] = p
-        for (index, slot), tensor in self._tensors.items():
-            where = f"parameter '{described[index]['name']}', '{slot}'"
-            self._tensors[index, slot] = _real(tensor.detach(), where)
+        for index, described in enumerate(state.parameters_of(self._description)):
+            self._add(index, described, parameters[index], optimizer.state.get(parameters[index], {}), values)
+
+    def _add(self, index, described, p, own, values):
+        found = state.describe_state(described["name"], own)
+        described |= {key: found[key] for key in ("step", "slots") if key in found}
+        tensors = {slot: own[slot] for slot in described["slots"]}
+        if values:
+            tensors["value"] = p
+            described["slots"]["value"] = state.describe_tensor(p)
+        for slot, tensor in tensors.items():
+            self._tensors[index, slot] = plain(tensor, f"parameter '{described['name']}', '{slot}'")
 
     def detach(self):
         """Nothing of the optimizer's own memory is used any more."""
-        self._tensors = {key: t.to("cpu", copy=True) for key, t in self._tensors.items()}
+        for key, tensor in self._tensors.items():
+            self._tensors[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def write(self, path):
-        file = _core.StateFileWriter(os.fspath(path), json.dumps(self._description), self._metadata)
-        for (index, slot), tensor in self._tensors.items():
-            for address, size in _pieces(tensor):
-                file.write(index, slot, address, size)
-        file.commit()
-
-
-def _real(tensor, where):
-    """A plain tensor of real numbers; refuses what has no memory of its own."""
-    if tensor.layout is not torch.strided:
-        raise _core.InvalidArgument(f"{where} cannot be saved: its layout is {tensor.layout}")
-    if hasattr(tensor, "to_local"):
-        raise _core.InvalidArgument(f"{where} is distributed: save it with torch.distributed.checkpoint")
-    plain = tensor.resolve_conj().resolve_neg()
-    return torch.view_as_real(plain) if plain.is_complex() else plain
-
-
-def _pieces(tensor) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of CPU memory, in C order, each valid until the next is asked for."""
-    flat = _bytes_of(tensor.contiguous())
-    if flat.device.type == "cpu":
-        yield flat.data_ptr(), flat.numel()
-        return
-    staging = _staging(flat.device)
-    for piece in flat.split(PIECE):
-        staging[: piece.numel()].copy_(piece)
-        yield staging.data_ptr(), piece.numel()
-
-
-def _bytes_of(tensor):
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _staging(device):
-    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-# ---- sources -----------------------------------------------------------------------------------
-
-
-class _FileSource:
-    """A safetensors file."""
-
-    def __init__(self, path):
-        self._file = _core.StateFileReader(os.fspath(path))
-        self.description = json.loads(self._file.description)
-        self.metadata = self._file.metadata
-        self.knows_frozen = all(group["rule"] for group in self.description)
-
-    def slot(self, index, name, described, device):
-        """A new tensor with a slot's contents, in C order."""
-        tensor = torch.empty(described["shape"], dtype=getattr(torch, described["dtype"]), device=device)
-        flat = _bytes_of(tensor)
-        if flat.device.type == "cpu":
-            self._file.read_into(index, name, flat.data_ptr(), flat.numel())
-            return tensor
-        staging, done = _staging(flat.device), 0
-
-        def take(size):
-            nonlocal done
-            flat[done : done + size].copy_(staging[:size])
-            done += size
-
-        self._file.read_through(index, name, staging.data_ptr(), PIECE, take)
-        return tensor
-
-
-class _DictSource:
-    """A state_dict of torch's structure."""
-
-    knows_frozen = False
-
-    def __init__(self, state_dict, optimizer_class, saved_names):
-        state_dict = _counts_by_parameter(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        names = _names_of(state_dict, saved_names, len(indices))
-        rule = optimizer_class._torch_class.__name__
-        self.description = state.describe_state_dict(state_dict, rule, dict(zip(indices, names, strict=True)))
-        self.metadata = {}
-        self._states = [state_dict["state"].get(index, {}) for index in indices]
-
-    def slot(self, index, name, described, device):
-        tensor = _real(torch.as_tensor(self._states[index][name]).detach(), f"state '{name}'")
-        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def _open(source, optimizer_class, saved_names):
-    if isinstance(source, Mapping):
-        return _DictSource(source, optimizer_class, saved_names)
-    if _is_torch_file(source):
+        file = _core.StateFileWriter(path, json.dumps(self._description), self._metadata)
         try:
-            contents = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise _core.FileError(f"{os.fspath(source)}: torch cannot load it: {error}") from None
-        if not isinstance(contents, Mapping) or not {"state", "param_groups"} <= contents.keys():
-            raise _core.FileError(
-                f"{os.fspath(source)}: has no optimizer's state_dict at its top: load it with torch.load "
-                "and hand over the part that is one"
-            )
-        return _DictSource(contents, optimizer_class, saved_names)
-    opened = _FileSource(source)
-    if saved_names is not None:
-        names = _as_names(saved_names)
-        for parameter, name in zip(_all_named(opened.description, len(names)), names, strict=True):
-            parameter["name"] = name
-    return opened
+            for (index, slot), tensor in self._tensors.items():
+                for address, size in pieces_of(tensor):
+                    file.write(index, slot, address, size)
+            file.commit()
+        finally:
+            del file  # an exception keeps this frame, and must not keep what was written
 
 
-def _is_torch_file(path):
-    """torch.save writes zip files; safetensors begin with a length."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError:
-        return False  # the reader says what is wrong
+# ---- loading -----------------------------------------------------------------------------------
 
 
-def _names_of(state_dict, saved_names, count):
-    groups = state_dict["param_groups"]
-    if saved_names is not None:
-        names = _as_names(saved_names)
-    elif all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
-    else:
-        names = [str(number) for number in range(count)]
-    if len(names) != count:
-        raise _core.InvalidArgument(f"saved_names: there are {len(names)} for {count} parameters")
-    return names
+class _NewState:
+    """Everything that is to change, read and checked by the constructor; and entered by what cannot fail."""
 
-
-def _as_names(saved_names):
-    return [given if isinstance(given, str) else given[0] for given in saved_names]
-
-
-def _all_named(description, count):
-    parameters = state.parameters_of(description)
-    if len(parameters) != count:
-        raise _core.InvalidArgument(f"saved_names: there are {count} for {len(parameters)} parameters")
-    return parameters
-
-
-def _check_named_alike(saved, here):
-    """Numbers on one side and names on the other match nothing, or by accident."""
-    numbered = [
-        [p["name"] for p in side] == [str(number) for number in range(len(side))]
-        for side in map(state.parameters_of, (saved, here))
-    ]
-    if numbered == [True, False]:
-        raise _core.InvalidArgument(
-            "the source has no names of parameters: give saved_names=, the named_parameters() the saved "
-            "optimizer was made of, or load by position with load_state_dict"
-        )
-    if numbered == [False, True]:
-        raise _core.InvalidArgument(
-            "this optimizer does not know its parameters' names: give names=model, or make it of "
-            "model.named_parameters()"
-        )
-
-
-# ---- taking over -------------------------------------------------------------------------------
-
-
-class _Commit:
-    """Everything that can fail, then the changes."""
-
-    def __init__(self, optimizer, source, saved, matched, thaws):
+    def __init__(self, optimizer, source, matched, what):
         self._optimizer = optimizer
         self._source = source
-        self._groups = saved
-        self._parameters = state.parameters_of(saved)
-        self._matched = matched
-        self._thaws = thaws
-
-    def run(self):
-        places = [(group, p) for group in self._optimizer.param_groups for p in group["params"]]
-        states = [self._read(saved, slots, *places[here]) for saved, here, slots in self._matched["parameters"]]
-        settings = [
-            (group, self._settings(self._groups[number]["hyper"]))
-            for group, number in zip(self._optimizer.param_groups, self._matched["settings"], strict=True)
-            if number >= 0
+        self._saved = state.parameters_of(source.description)
+        self._thaws = what == "all" and source.knows_frozen
+        self._tensors_here = collections.Counter(
+            id(value) for group in optimizer.param_groups for value in group.values() if torch.is_tensor(value)
+        )
+        groups = optimizer.param_groups
+        places = [(group, p) for group in groups for p in group["params"]]
+        self._settings = [
+            self._settings_of(number, group, source.description[saved])
+            for number, (group, saved) in enumerate(zip(groups, matched["settings"], strict=True))
+            if saved >= 0
         ]
-        with torch.no_grad():
-            for p, own, value, frozen in states:
-                self._take_state(p, own, value, frozen)
-            for group, changed in settings:
-                self._take_settings(group, changed)
+        self._states = [self._state_of(saved, slots, *places[here]) for saved, here, slots in matched["parameters"]]
 
-    def _read(self, index, slots, group, p):
+    def _settings_of(self, number, group, saved):
+        """(group, what it takes, numbers for tensors that stay the tensors they are: a schedule knows them)."""
+        where = f"group '{group.get('name', number)}'"
+        taken, filled = {}, []
+        for key, encoded in saved["hyper"].items():
+            if key in EXECUTION_FLAGS:
+                continue
+            value, now = state.decode(encoded, f"{where}: {key}", _make_tensor), group.get(key)
+            if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
+                taken[key] = value
+            elif self._tensors_here[id(now)] == 1:
+                filled.append((now, float(value)))
+            else:
+                taken[key] = torch.full_like(now, float(value))  # other groups share it
+        values = {id(tensor): number for tensor, number in filled}
+        try:
+            refuse_wrong_values(self._optimizer, {k: values.get(id(v), v) for k, v in {**group, **taken}.items()})
+        except Exception as error:
+            raise _core.InvalidArgument(f"{where}: {error}") from None
+        return group, taken, filled
+
+    def _state_of(self, saved, slots, group, p):
         """(parameter, its new state, its new value or None, whether it was frozen)."""
-        parameter = self._parameters[index]
-        tensors = {}
-        for slot in slots:
-            tensor = self._source.slot(index, slot, parameter["slots"][slot], p.device)
-            if p.is_complex():
-                tensor = torch.view_as_complex(tensor)
-            tensors[slot] = tensor
+        described = self._saved[saved]
+        tensors = {slot: self._read(saved, slot, p) for slot in sorted(slots, key=SLOTS.index)}
         value = tensors.pop("value", None)
+        if value is not None and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+            raise _core.InvalidArgument(f"parameter '{described['name']}' is expanded: its value cannot be loaded")
         own = {slot: _laid_out_like(p, tensor) for slot, tensor in tensors.items()}
         if own and "step" in self._optimizer._state_names(group):
-            own = {"step": self._optimizer._new_step(parameter.get("step", 0.0), p, group), **own}
-        return p, own, value, parameter.get("frozen", False)
+            count = state.decode(described.get("step", 0.0), "step", _make_tensor)
+            own = {"step": self._optimizer._new_step(count, p, group), **own}
+        return p, own, value, described.get("frozen", False)
 
-    def _settings(self, saved):
-        def make_tensor(numbers, dtype):
-            return torch.tensor(numbers, dtype=getattr(torch, dtype))
+    def _read(self, saved, slot, p):
+        tensor = self._source.slot(saved, slot, self._saved[saved]["slots"][slot], p.device)
+        return torch.view_as_complex(tensor) if p.is_complex() else tensor
 
-        decoded = {key: state.decode(value, make_tensor) for key, value in saved.items() if key not in EXECUTION_FLAGS}
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in decoded.items()}
-
-    def _take_settings(self, group, changed):
-        """A tensor stays the tensor it is: a captured graph or a schedule knows it."""
-        for key, value in changed.items():
-            now = group.get(key)
-            if torch.is_tensor(now) and now.numel() == 1 and isinstance(value, (int, float, torch.Tensor)):
-                now.fill_(float(value))
+    def enter(self):
+        for p, own, value, frozen in self._states:
+            if own:
+                self._optimizer.state[p] = own
             else:
-                group[key] = value
+                self._optimizer.state.pop(p, None)
+            if value is not None:
+                p.copy_(value)
+            if self._thaws and p.is_leaf and p.requires_grad == frozen:
+                p.grad = None  # a step does not look at requires_grad
+                p.requires_grad_(not frozen)
+        for group, taken, filled in self._settings:
+            group.update(taken)
+            for tensor, number in filled:
+                tensor.fill_(number)
 
-    def _take_state(self, p, own, value, frozen):
-        if own:
-            self._optimizer.state[p] = own
-        else:
-            self._optimizer.state.pop(p, None)
-        if value is not None:
-            p.copy_(value)
-        if self._thaws:
-            p.requires_grad_(not frozen)
+
+def _make_tensor(numbers, dtype):
+    return torch.tensor(numbers, dtype=dtype_named(dtype))
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1)
 
 
 def _laid_out_like(p, tensor):
@@ -447,43 +357,44 @@ def _laid_out_like(p, tensor):
 # ---- load_state_dict ---------------------------------------------------------------------------
 
 
-def _counts_by_parameter(state_dict):
-    """apex's FusedAdam counts steps by group, DeepSpeed's by group too or with integers: as torch does."""
-    states, groups = dict(state_dict["state"]), []
-    for group in state_dict["param_groups"]:
-        count = group.get("step")
-        groups.append({key: value for key, value in group.items() if key != "step"})
-        for index in group["params"] if count is not None else ():
-            if states.get(index) and "step" not in states[index]:
-                states[index] = {**states[index], "step": torch.tensor(float(count))}
-    return {**state_dict, "state": states, "param_groups": groups}
+class _AroundTorchsLoad:
+    """Hooks of one load_state_dict: what torch does not take is made so, what it would lose is kept."""
+
+    def __init__(self):
+        self.other_names = []
+        self._wide = []  # parameter, all names of its state, those slots of it that torch would round
+
+    def before(self, optimizer, state_dict):
+        try:
+            state.check_state_dict(state_dict)
+        except _core.InvalidArgument:
+            return None  # torch says what is wrong
+        state_dict = state.counts_by_parameter(state_dict, lambda count: torch.tensor(float(count)))
+        pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+        self.other_names = [
+            f"'{saved}' becomes '{here}'"
+            for group, own in pairs
+            for saved, here in zip(group.get("param_names", ()), own.get("param_names", ()), strict=False)
+            if saved != here
+        ]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, index in zip(parameters, state.indices_of(state_dict), strict=False):
+            self._take_out_wide(p, index, state_dict["state"])
+        return state_dict
+
+    def _take_out_wide(self, p, index, states):
+        own = states.get(index, {})
+        wide = {key: value for key, value in own.items() if _is_wide(p, key, value)}
+        if wide:
+            self._wide.append((p, list(own), wide))
+            states[index] = {key: value for key, value in own.items() if key not in wide}
+
+    def after(self, optimizer):
+        for p, names, wide in self._wide:
+            own = optimizer.state[p]
+            optimizer.state[p] = {key: wide[key].to(p.device) if key in wide else own[key] for key in names}
 
 
-def _warn_of_other_order(optimizer, state_dict):
-    """State goes by position; names that disagree with it say that it goes to the wrong parameters."""
-    groups = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
-    different = [
-        f"'{saved}' becomes '{here}'"
-        for group, own in groups
-        for saved, here in zip(group.get("param_names", ()), own.get("param_names", ()), strict=False)
-        if saved != here
-    ]
-    if different:
-        shown = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-        text = (
-            f"load_state_dict goes by position, and the names of parameters are others there: {shown}. "
-            "load() goes by name"
-        )
-        warnings.warn(text, stacklevel=4)
-
-
-def _keep_wide(optimizer, state_dict):
-    """float32 state of 16-bit parameters as it was saved, which torch has rounded."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for p, index in zip(parameters, indices, strict=True):
-        if p.dtype not in (torch.bfloat16, torch.float16):
-            continue
-        for key, value in state_dict["state"].get(index, {}).items():
-            if key != "step" and torch.is_tensor(value) and value.dtype == torch.float32:
-                optimizer.state[p][key] = value.to(p.device)
+def _is_wide(p, key, value):
+    half = p.dtype in (torch.bfloat16, torch.float16)
+    return half and key != "step" and torch.is_tensor(value) and value.dtype == torch.float32

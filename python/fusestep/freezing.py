@@ -136,9 +136,9 @@ class _Regrouping:
             if scheduler.optimizer is not self.optimizer:
                 raise InvalidArgument(f"the {type(scheduler).__name__} is of another optimizer")
         for _, _, new in self.moving:
-            _refuse_wrong_values(self.optimizer, {**new, **self.settings})
+            refuse_wrong_values(self.optimizer, {**new, **self.settings})
         if self.unheld:
-            _refuse_wrong_values(self.optimizer, {**self.optimizer.defaults, **self.settings})
+            refuse_wrong_values(self.optimizer, {**self.optimizer.defaults, **self.settings})
 
     def _group_of_unheld(self, names):
         new = {**self.optimizer.defaults, **self.settings, "params": self.unheld}
@@ -192,7 +192,7 @@ def _copied(value):
     return value.clone() if torch.is_tensor(value) else value
 
 
-def _refuse_wrong_values(optimizer, group):
+def refuse_wrong_values(optimizer, group):
     """Lets the constructor of torch's class judge, which add_param_group does not ask."""
     judge = next((base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")), None)
     if judge in (None, torch.optim.Optimizer):

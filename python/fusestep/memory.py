@@ -28,7 +28,9 @@ def memory_of(what: str, array: Any, writable: bool) -> Memory:
     interface = getattr(array, "__cuda_array_interface__", None)
     device = None
     if interface is not None:
-        device = getattr(getattr(array, "device", None), "id", 0)
+        device = getattr(getattr(array, "device", None), "id", None)
+        if device is None:
+            refuse(f"is GPU memory of a {type(array).__name__}, and of that only CuPy's arrays can be stepped")
     else:
         interface = getattr(array, "__array_interface__", None)
     if interface is None and hasattr(array, "__dlpack__"):

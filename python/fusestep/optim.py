@@ -16,6 +16,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from . import _core
 from .checkpoint import Checkpoints
+from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .freezing import Freezable, freeze, thaw
 from .groups import param_groups_by
 from .summary import Summarizable, Summary, summary
@@ -58,10 +59,10 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = whole(getattr(self, "found_inf", None)), whole(getattr(self, "grad_scale", None))
         if grad_scale is not None:
             _unscale(self.param_groups, grad_scale, found_inf)
-        unready = self._stepper.gather(self.param_groups, self.state)
+        unready = self._stepper.gather(self.param_groups, self.state, dtensor_class())
         if unready:
             self._step_with_unready(unready, found_inf)
         else:
@@ -74,6 +75,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if found_inf is not None and float(found_inf) != 0:
             return  # waits for the device, so that a skipped step makes no state
         left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
+        grads = []  # the engine has their addresses: they live until it has stepped
         for index, p in unready:
             group = self.param_groups[index]
             state = self.state.get(p, {})
@@ -83,9 +85,10 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     fresh.add(p)
                 if state:
                     self.state[p] = state
-                if self._stepper.add(index, p, p.grad, state, p in fresh):
+                grads.append(grad_placed_as(p))
+                if self._stepper.add(index, p, grads[-1], state, p in fresh):
                     continue
-                copy = _DenseCopy(p, state)
+                copy = _DenseCopy(p, grads[-1], state)
                 if self._stepper.add(index, copy.value, copy.grad, copy.state, p in fresh):
                     copies.append(copy)
                     continue
@@ -95,7 +98,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         self._stepper.step(None)
         for copy in copies:
             copy.write_back()
-        torch.autograd.graph.increment_version(self._stepper.written)
+        wholes = [copy.parameter for copy in copies if is_dtensor(copy.parameter)]
+        torch.autograd.graph.increment_version(self._stepper.written + wholes)
 
     def _step_by_torch(self, left):
         """torch's own step for (parameter, why) of each group: on a stand-in, without hooks and GradScaler."""
@@ -196,6 +200,7 @@ def _complete(state, names, p, group):
 
 
 def _step_tensor(value, p, group):
+    value = whole(value)
     if not torch.is_tensor(value):
         double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
         dtype = torch.float64 if double else torch.float32
@@ -214,7 +219,7 @@ def _unscale(groups, grad_scale, found_inf):
     for group in groups:
         for p in group["params"]:
             if p.grad is not None:
-                grad = p.grad._values() if p.grad.layout is torch.sparse_coo else p.grad
+                grad = p.grad._values() if p.grad.layout is torch.sparse_coo else local(p.grad)
                 grads.setdefault((grad.device, grad.dtype), {})[id(grad)] = grad
     for (device, _), alike in grads.items():
         divisor = torch.as_tensor(grad_scale, device=device).reshape(())
@@ -228,14 +233,15 @@ def _unscale(groups, grad_scale, found_inf):
 
 
 class _DenseCopy:
-    """A parameter with its gradient and state, copied where they are not dense or not laid out alike."""
+    """What is here of a parameter, its gradient and state, copied where it is not dense or not laid out alike."""
 
-    def __init__(self, p, state):
+    def __init__(self, p, grad, state):
+        self.parameter = p
         self._copied = []
-        self._like = torch.empty_like(p)
-        self.value = self._dense(p.detach(), written=True)
-        self.grad = self._dense(p.grad.detach(), written=False)
-        self.state = {name: self._dense(value, written=True) for name, value in state.items()}
+        self._like = torch.empty_like(local(p))
+        self.value = self._dense(local(p).detach(), written=True)
+        self.grad = self._dense(local(grad).detach(), written=False)
+        self.state = {name: self._dense(local(value), written=True) for name, value in state.items()}
 
     def _dense(self, tensor, written):
         if not torch.is_tensor(tensor) or tensor.shape != self._like.shape:
@@ -272,13 +278,17 @@ def _why_torch(p, state, group):
         return f"on cuda ({_core.cuda_status()})"
     if not (p.dtype.is_floating_point or p.dtype.is_complex) or p.dtype.itemsize == 1:
         return f"of {p.dtype}"
-    if _is_wrapper(p) or _is_wrapper(p.grad):
-        return f"of the wrapper class {type(p).__name__}"
+    for tensor in (local(p), local(p.grad)):
+        if _is_wrapper(tensor):
+            return f"of the wrapper class {type(tensor).__name__}"
+    slots = [value for name, value in state.items() if name != "step" and torch.is_tensor(value)]
+    if not same_mesh(p, p.grad) or not all(placed_alike(p, slot) for slot in slots):
+        return "whose gradient or state is distributed otherwise"
     return None
 
 
 def _is_wrapper(tensor):
-    """A tensor that stands for others, such as DTensor: it has elements and no memory."""
+    """A tensor that stands for others: it has elements and no memory."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
     try:

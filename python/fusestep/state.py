@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from typing import Any, NamedTuple
 from . import _core
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
+Path = str | os.PathLike[str]
+Description = list[dict[str, Any]]
 
 
 class Mismatch(NamedTuple):
@@ -88,17 +92,57 @@ def checked(report: LoadReport, strict: bool) -> LoadReport:
     return report
 
 
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def path_of(path: Any, what: str) -> str:
+    """The path as text; `what` is what else was possible."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise _core.InvalidArgument(f"expected {what}, got {type(path).__name__}") from None
+
+
+def list_of_names(given: Any, what: str) -> list[str]:
+    """Names of a list of names, or of pairs as `named_parameters()` has them."""
+    try:
+        names = [one if isinstance(one, str) else one[0] for one in given]
+    except (TypeError, LookupError):
+        names = [None]
+    if isinstance(given, str) or not all(isinstance(name, str) for name in names):
+        raise _core.InvalidArgument(f"{what}: expected names of parameters or named_parameters()")
+    return names
+
+
+def renaming(rename: Rename) -> Callable[[str], str] | None:
+    """A function of what is a dict or one already."""
+    if rename is None:
+        return None
+    if not isinstance(rename, Mapping) and not callable(rename):
+        raise _core.InvalidArgument(f"rename: expected a dict or a function, got {type(rename).__name__}")
+
+    def new_name(name):
+        new = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
+        if not isinstance(new, str):
+            raise _core.InvalidArgument(f"rename: '{name}' becomes {new!r}, expected a name")
+        return new
+
+    return new_name
+
+
 # ---- metadata: strings in a file, values here --------------------------------------------------
 
 
 def encode_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
     """Strings stay as they are, unless they would be read back as something else; the rest as JSON."""
     encoded = {}
-    for key, value in (metadata or {}).items():
+    for key, value in ({} if metadata is None else metadata).items():
+        if not isinstance(key, str):
+            raise _core.InvalidArgument(f"metadata: keys must be strings, got {key!r}")
         try:
             plain = isinstance(value, str) and decode_metadata({key: value})[key] == value
-            encoded[str(key)] = value if plain else json.dumps(value)
-        except (TypeError, ValueError) as error:
+            encoded[key] = value if plain else json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
             raise _core.InvalidArgument(f"metadata['{key}'] cannot be written as JSON: {error}") from None
     _core.check_user_metadata(encoded)
     return encoded
@@ -109,19 +153,40 @@ def decode_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, text in metadata.items():
         try:
             decoded[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             decoded[key] = text
     return decoded
 
 
 # ---- settings as JSON --------------------------------------------------------------------------
 
+NOT_SETTINGS = ("params", "param_names", "name")
+FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
+
+
+def encode_settings(group: Mapping[str, Any], where: str, pass_over: bool = False) -> dict[str, Any]:
+    """The settings of a group. What cannot be JSON is refused, or passed over."""
+    encoded = {}
+    for key, value in group.items():
+        if key in NOT_SETTINGS:
+            continue
+        try:
+            # torch takes 0 and 1 too.
+            encoded[key] = bool(value) if key in FLAGS else encode(value, f"{where}: {key}")
+        except _core.InvalidArgument:
+            if not pass_over:
+                raise
+    return encoded
+
 
 def encode(value: Any, where: str) -> Any:
     """A setting of a group: numbers, flags, text, lists of them, small tensors."""
-    if value is None or isinstance(value, (bool, int, str)):
+    if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, float):
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        value = float(value)
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, (list, tuple)):
         return [encode(item, where) for item in value]
@@ -129,20 +194,23 @@ def encode(value: Any, where: str) -> Any:
         return {"dict": {key: encode(item, where) for key, item in value.items()}}
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
         return {"tensor": dtype_name(value), "value": encode(value.tolist(), where)}
-    raise _core.InvalidArgument(f"{where} cannot be saved: a {type(value).__name__}")
+    raise _core.InvalidArgument(f"{where} is a {type(value).__name__}, which is not saved or loaded")
 
 
-def decode(value: Any, make_tensor: Callable[[Any, str], Any]) -> Any:
+def decode(value: Any, where: str, make_tensor: Callable[[Any, str], Any]) -> Any:
     """The setting that `encode` made this of. make_tensor(list of numbers, dtype name)."""
     if isinstance(value, list):
-        return [decode(item, make_tensor) for item in value]
-    if isinstance(value, Mapping):
+        return tuple(decode(item, where, make_tensor) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    try:
         if "float" in value:
             return float(value["float"])
         if "tensor" in value:
-            return make_tensor(decode(value["value"], make_tensor), value["tensor"])
-        return {key: decode(item, make_tensor) for key, item in value["dict"].items()}
-    return value
+            return make_tensor(decode(value["value"], where, make_tensor), value["tensor"])
+        return {key: decode(item, where, make_tensor) for key, item in value["dict"].items()}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise _core.InvalidArgument(f"{where} is {json.dumps(value)}, which means nothing") from None
 
 
 def dtype_name(array: Any) -> str:
@@ -150,25 +218,79 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+# ---- state_dicts -------------------------------------------------------------------------------
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raises InvalidArgument for what has not the structure of a state_dict."""
+
+    def require(holds, text):
+        if not holds:
+            raise _core.InvalidArgument(f"state_dict: {text}")
+
+    for key in ("param_groups", "state"):
+        require(key in state_dict, f"has no '{key}'")
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    require(isinstance(groups, (list, tuple)), "param_groups must be a list")
+    require(isinstance(states, Mapping), "state must be a dict")
+    for number, group in enumerate(groups):
+        require(isinstance(group, Mapping), f"param_groups[{number}] must be a dict")
+        indices, names = group.get("params"), group.get("param_names")
+        require(isinstance(indices, (list, tuple)), f"param_groups[{number}]['params'] must be a list")
+        require(
+            names is None or (isinstance(names, (list, tuple)) and len(names) == len(indices)),
+            f"param_groups[{number}]['param_names'] must be a list of {len(indices)} names",
+        )
+        for index in indices:
+            require(isinstance(index, (int, str)), f"param_groups[{number}]['params'] has {index!r}")
+            require(isinstance(states.get(index, {}), Mapping), f"state[{index!r}] must be a dict")
+
+
+def counts_by_parameter(state_dict: Mapping[str, Any], make_count: Callable[[Any], Any]) -> Mapping[str, Any]:
+    """Where groups count steps, as apex's FusedAdam and DeepSpeed's do: the same with counts as torch has them."""
+    states, groups = dict(state_dict["state"]), []
+    for group in state_dict["param_groups"]:
+        uncounted = [i for i in group["params"] if states.get(i) and "step" not in states[i]]
+        if "step" in group and uncounted and "exp_avg" in states[uncounted[0]]:
+            states.update({i: {"step": make_count(group["step"]), **states[i]} for i in uncounted})
+            group = {key: value for key, value in group.items() if key != "step"}
+        groups.append(group)
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def indices_of(state_dict: Mapping[str, Any]) -> list[int | str]:
+    """Of all parameters, group after group."""
+    return [index for group in state_dict["param_groups"] for index in group["params"]]
+
+
+def names_in(state_dict: Mapping[str, Any], saved_names: Any = None) -> list[str]:
+    """Of all parameters, group after group: as given, or of the dict itself; numbers if there are none."""
+    groups, indices = state_dict["param_groups"], indices_of(state_dict)
+    if saved_names is not None:
+        names = list_of_names(saved_names, "saved_names")
+        if len(names) != len(indices):
+            raise _core.InvalidArgument(f"saved_names: there are {len(names)} for {len(indices)} parameters")
+        return names
+    if all("param_names" in group for group in groups):
+        return [str(name) for group in groups for name in group["param_names"]]
+    return [index if isinstance(index, str) else str(number) for number, index in enumerate(indices)]
+
+
 # ---- descriptions ------------------------------------------------------------------------------
 
-NOT_SETTINGS = ("params", "param_names", "name", "frozen")
 
-
-def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[str]) -> list[dict[str, Any]]:
+def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[str]) -> Description:
     """The description of a state_dict of torch's structure, whose parameters have these names."""
-    groups = []
+    groups, name_of_next = [], iter(names)
     for number, group in enumerate(state_dict["param_groups"]):
         name = str(group.get("name", number))
-        settings = {key: value for key, value in group.items() if key not in NOT_SETTINGS}
+        states = [state_dict["state"].get(index, {}) for index in group["params"]]
         groups.append(
             {
                 "name": name,
                 "rule": rule,
-                "hyper": {key: encode(value, f"group '{name}': {key}") for key, value in settings.items()},
-                "params": [
-                    describe_state(names[index], state_dict["state"].get(index, {})) for index in group["params"]
-                ],
+                "hyper": encode_settings(group, f"group '{name}'"),
+                "params": [describe_state(next(name_of_next), own) for own in states],
             }
         )
     return groups
@@ -176,16 +298,27 @@ def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[st
 
 def describe_state(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """The description of one parameter's state. dtype and shape are its first slot's, or unknown."""
-    slots = {}
+    slots, first = {}, None
     for key, value in state.items():
         if key == "step" or value is None:
             continue
         if not (hasattr(value, "dtype") and hasattr(value, "shape")):
-            raise _core.InvalidArgument(f"parameter '{name}': state '{key}' cannot be saved: a {type(value).__name__}")
+            kind = type(value).__name__
+            raise _core.InvalidArgument(f"parameter '{name}', '{key}' is a {kind}, which is not saved or loaded")
+        first = value if first is None else first
         slots[key] = describe_tensor(value)
-    first = next(iter(slots.values()), {"dtype": "", "shape": []})
-    step = state.get("step")
-    return {"name": name, **first, **({} if step is None else {"step": float(step)}), "slots": slots}
+    value = {"dtype": "", "shape": []} if first is None else {"dtype": dtype_name(first), "shape": list(first.shape)}
+    return {"name": name, **value, **describe_count(name, state.get("step")), "slots": slots}
+
+
+def describe_count(name: str, step: Any) -> dict[str, Any]:
+    """`step`, if there is one: a number, or a tensor of one."""
+    if step is None:
+        return {}
+    try:
+        return {"step": encode(float(step), "")}
+    except (TypeError, ValueError, RuntimeError):
+        raise _core.InvalidArgument(f"parameter '{name}': 'step' must be a number, got {step!r}") from None
 
 
 def describe_tensor(tensor: Any) -> dict[str, Any]:
@@ -201,30 +334,74 @@ def parameters_of(description: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     return [parameter for group in description for parameter in group["params"]]
 
 
-def fill_unknown(saved: list[dict[str, Any]], known: Mapping[str, Mapping[str, Any]]) -> None:
-    """A parameter without slots in a state_dict is taken to have the dtype and shape it has here."""
+def fill_unknown(saved: Description, here: Mapping[str, Mapping[str, Any]]) -> None:
+    """Where only slots tell of a parameter, or nothing: it is taken to be what it is here, if they allow it."""
     for parameter in parameters_of(saved):
-        if parameter["dtype"]:
-            continue
-        here = known.get(parameter["name"], {"dtype": "unknown", "shape": []})
-        parameter["dtype"], parameter["shape"] = here["dtype"], here["shape"]
+        known = here.get(parameter["name"], {"dtype": "float32", "shape": []})
+        if not parameter["dtype"]:
+            parameter["dtype"], parameter["shape"] = known["dtype"], known["shape"]
+        elif parameter["shape"] == known.get("slot_shape"):
+            parameter["shape"] = known["shape"]  # a complex one
 
 
-def rename_all(description: list[dict[str, Any]], rename: Rename) -> None:
+def rename_all(description: Description, rename: Rename) -> None:
     """Gives saved parameters the names they have here."""
-    if rename is None:
-        return
     new_name = renaming(rename)
-    names: dict[str, str] = {}
+    if new_name is None:
+        return
+    old_names: dict[str, str] = {}
     for parameter in parameters_of(description):
-        old = parameter["name"]
-        parameter["name"] = new_name(old)
-        if names.setdefault(parameter["name"], old) != old:
-            raise _core.InvalidArgument(
-                f"rename: '{names[parameter['name']]}' and '{old}' both become '{parameter['name']}'"
-            )
+        old, new = parameter["name"], new_name(parameter["name"])
+        if new in old_names:
+            raise _core.InvalidArgument(f"rename: '{old_names[new]}' and '{old}' both become '{new}'")
+        old_names[new], parameter["name"] = old, new
 
 
-def renaming(rename: Mapping[str, str] | Callable[[str], str]) -> Callable[[str], str]:
-    """A function of what is a dict or one already."""
-    return (lambda name: rename.get(name, name)) if isinstance(rename, Mapping) else rename
+def name_all(description: Description, saved_names: Any) -> None:
+    """Gives the parameters of a file names in the order the optimizer had them.
+
+    A file of another program has no order; its parameters can only be numbers.
+    """
+    names, parameters = list_of_names(saved_names, "saved_names"), parameters_of(description)
+    if all(group["rule"] for group in description):
+        positions = list(range(len(parameters)))
+        enough = len(names) == len(parameters)
+    elif _are_numbers(parameters):
+        positions = [int(parameter["name"]) for parameter in parameters]
+        enough = max(positions) < len(names)
+    else:
+        raise _core.InvalidArgument("saved_names: the file has names of its own; rename= gives others")
+    if not enough:
+        raise _core.InvalidArgument(f"saved_names: there are {len(names)} for {len(parameters)} parameters")
+    for position, parameter in zip(positions, parameters, strict=True):
+        parameter["name"] = names[position]
+
+
+def check_named_alike(saved: Description, here: Description, here_is_named: bool) -> None:
+    """Raises InvalidArgument where numbers would be taken for names, or for positions in other groups."""
+    sides = [parameters_of(saved), parameters_of(here)]
+    if not all(sides):
+        return
+    saved_is_numbered, here_is_numbered = map(_are_numbers, sides)
+    if saved_is_numbered and not here_is_numbered:
+        raise _core.InvalidArgument(
+            "the source has no names of parameters: give saved_names=, the named_parameters() the saved "
+            "optimizer was made of, or load by position with load_state_dict"
+        )
+    if here_is_named:
+        return
+    if not saved_is_numbered:
+        raise _core.InvalidArgument(
+            "this optimizer does not know its parameters' names: give names=model, or make it of "
+            "model.named_parameters()"
+        )
+    sizes = [[len(group["params"]) for group in side] for side in (saved, here)]
+    if sizes[0] != sizes[1] and all(group["rule"] for group in saved):
+        raise _core.InvalidArgument(
+            "neither the source nor this optimizer has names of parameters, and their groups have other sizes: "
+            f"{sizes[0]} saved, {sizes[1]} here; give names= and saved_names="
+        )
+
+
+def _are_numbers(parameters):
+    return all(parameter["name"].isdecimal() for parameter in parameters)

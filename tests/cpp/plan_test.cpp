@@ -41,6 +41,10 @@ class PaperBackend final : public Backend {
   StepState read_state(int) override { return {}; }
   void write_state(int, StepState, void*) override {}
   Control read_control() override { return {}; }
+  const void* read(const void* from, std::size_t, void*) override { return from; }
+  void end_reading() noexcept override {}
+  void write(void*, const void*, std::size_t, void*) override {}
+  void clear(void*, std::size_t, void*) override {}
   double read_scalar(const void*, bool, void*) override { return 0; }
 
   std::size_t limit = ~std::size_t{0};
@@ -238,6 +242,13 @@ TEST(Overlap, OfRanges) {
   EXPECT_TRUE(find_overlap(inside, found));
   std::vector<MemoryRange> same = {range(10, 4), range(10, 4)};
   EXPECT_TRUE(find_overlap(same, found));
+
+  const std::vector<MemoryRange> two = {range(10, 10), range(40, 10)};
+  EXPECT_FALSE(find_overlap(two, {range(0, 10), range(20, 20), range(50, 1)}, found));
+  for (const MemoryRange& other : {range(9, 2), range(19, 1), range(15, 100), range(0, 41)}) {
+    EXPECT_TRUE(find_overlap(two, {other}, found)) << static_cast<const void*>(other.begin);
+    EXPECT_TRUE(find_overlap({other}, two, found)) << static_cast<const void*>(other.begin);
+  }
 }
 
 }  // namespace

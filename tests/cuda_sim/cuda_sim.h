@@ -29,6 +29,8 @@ enum class Policy {
 
 /// Forgets streams, events, memory, faults and counters, and starts again.
 void reset(std::uint64_t seed, Policy policy);
+/// Runs what is pending, and goes on with another order; everything else stays.
+void reseed(std::uint64_t seed, Policy policy);
 
 /// Call number `call` from now on (0: the next) that can fail returns `code`. A call that frees or
 /// destroys does so nevertheless, as CUDA's may return errors of earlier work.
@@ -65,6 +67,11 @@ Live live();
 std::vector<std::string> take_violations();
 /// Looks for damaged guard zones in all device memory.
 void check_guards();
+
+/// Memory of a framework, which counts as memory of the device from now on; poison and guard zones
+/// it has not, and the host can touch it. What overlaps with it is forgotten.
+void adopt(const void* data, std::size_t bytes, int device);
+void forget_adopted();
 
 /// From now on the stream is being captured; nothing of a capture but its status is simulated.
 void capture(cudaStream_t stream);

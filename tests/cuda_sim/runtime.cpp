@@ -81,6 +81,11 @@ struct Pinned {
   int users = 0;  // copies in flight
 };
 
+struct Adopted {
+  std::size_t bytes;
+  int device;
+};
+
 class Runtime {
  public:
   Runtime() : schedule([this](const Operation& operation) { return run(operation); }) {
@@ -99,6 +104,7 @@ class Runtime {
     }
     for (const auto& [data, block] : pinned) std::free(data);
     pinned.clear();
+    adopted.clear();
     next_stream_id = 100;
     sticky = cudaSuccess;
     fault.reset();
@@ -161,6 +167,7 @@ class Runtime {
   Handles<CUstream_st> streams;
   Handles<CUevent_st> events;
   std::map<void*, Pinned> pinned;
+  std::map<const char*, Adopted> adopted;
   unsigned long long next_stream_id = 100;
 
   cudaError_t sticky = cudaSuccess;
@@ -228,20 +235,37 @@ cudaError_t releasing_call(const char* name, F&& f) {
   return leave(r, refused != cudaSuccess ? refused : code);
 }
 
+/// The entry that holds the address; end() if there is none.
+template <class Map>
+auto find_block(Map& map, const void* address) {
+  auto block = map.upper_bound(static_cast<typename Map::key_type>(const_cast<void*>(address)));
+  if (block == map.begin()) return map.end();
+  --block;
+  const char* const end = static_cast<const char*>(block->first) + block->second.bytes;
+  return static_cast<const char*>(address) < end ? block : map.end();
+}
+
+void forget_overlapping(std::map<const char*, Adopted>& adopted, const void* data,
+                        std::size_t bytes) {
+  const char* const begin = static_cast<const char*>(data);
+  auto first = find_block(adopted, data);
+  if (first == adopted.end()) first = adopted.lower_bound(begin);
+  adopted.erase(first, adopted.lower_bound(begin + bytes));
+}
+
 int device_of(const Runtime& r, const void* address) {
   for (int d = 0; d < kDevices; ++d) {
     if (r.devices[d].memory.contains(address)) return d;
   }
-  return -1;
+  const auto adopted = find_block(r.adopted, address);
+  return adopted == r.adopted.end() ? -1 : adopted->second.device;
 }
 
 Pinned* pinned_block(Runtime& r, const void* address, std::size_t bytes) {
-  auto block = r.pinned.upper_bound(const_cast<void*>(address));
-  if (block == r.pinned.begin()) return nullptr;
-  --block;
+  const auto block = find_block(r.pinned, address);
+  if (block == r.pinned.end()) return nullptr;
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(address) -
                                                static_cast<const char*>(block->first));
-  if (offset >= block->second.bytes) return nullptr;
   if (bytes > block->second.bytes - offset) r.violate("a copy leaves its pinned memory");
   return &block->second;
 }
@@ -250,6 +274,11 @@ Pinned* pinned_block(Runtime& r, const void* address, std::size_t bytes) {
 bool exists(Runtime& r, const char* what, const void* address, std::size_t bytes) {
   const int device = device_of(r, address);
   if (device < 0 || r.devices[device].memory.exists(address, bytes)) return true;
+  const auto adopted = find_block(r.adopted, address);
+  if (adopted != r.adopted.end() &&
+      static_cast<const char*>(address) + bytes <= adopted->first + adopted->second.bytes) {
+    return true;
+  }
   r.violate(std::string(what) + " of " + std::to_string(bytes) +
             " bytes outside an allocation of device " + std::to_string(device));
   return false;
@@ -363,6 +392,25 @@ void reset(std::uint64_t seed, Policy policy) {
   runtime().reset(seed, policy);
   Runtime::current = 0;
   Runtime::last_error = cudaSuccess;
+}
+
+void reseed(std::uint64_t seed, Policy policy) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().schedule.force_all();
+  runtime().open_memory(0);
+  runtime().schedule.reset(seed, policy);
+}
+
+void adopt(const void* data, std::size_t bytes, int device) {
+  const std::lock_guard lock(runtime().mutex);
+  if (bytes == 0) return;
+  forget_overlapping(runtime().adopted, data, bytes);
+  runtime().adopted[static_cast<const char*>(data)] = {bytes, device};
+}
+
+void forget_adopted() {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().adopted.clear();
 }
 
 void inject(Fault fault) {
@@ -531,6 +579,7 @@ cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
     if (memory == nullptr) return cudaErrorMemoryAllocation;
     std::memset(memory, 0xff, bytes);
     r.pinned[memory] = {bytes};
+    cuda_sim::forget_overlapping(r.adopted, memory, bytes);
     *data = memory;
     return cudaSuccess;
   });

@@ -122,6 +122,36 @@ TEST_F(Simulator, AWaitCapturesTheLatestRecord) {
   EXPECT_EQ(1.0f, download(data, consumer)[0]);
 }
 
+TEST_F(Simulator, AdoptedMemoryIsOfItsDevice) {
+  std::vector<float> theirs(kSize), host(kSize, 1);
+  const std::size_t bytes = kSize * sizeof(float);
+  adopt(theirs.data(), bytes, 1);
+  cudaMemcpy(host.data(), theirs.data(), bytes, cudaMemcpyDeviceToHost);
+  EXPECT_EQ(0.0f, host[0]);
+  cudaMemsetAsync(theirs.data() + kSize - 1, 0, sizeof(float));
+  cudaDeviceSynchronize();
+  EXPECT_TRUE(take_violations().empty());
+  cudaMemsetAsync(theirs.data() + kSize - 1, 0, 2 * sizeof(float));
+  cudaDeviceSynchronize();
+  expect_violation("outside an allocation of device 1");
+
+  adopt(theirs.data() + 10, sizeof(float), 2);  // other memory has come to lie there
+  EXPECT_NE(cudaSuccess, cudaMemcpy(host.data(), theirs.data(), 4, cudaMemcpyDeviceToHost));
+  expect_violation("the direction of a copy");
+  forget_adopted();
+  EXPECT_NE(cudaSuccess, cudaMemcpy(host.data(), theirs.data() + 10, 4, cudaMemcpyDeviceToHost));
+  expect_violation("the direction of a copy");
+}
+
+TEST_F(Simulator, ReseedingRunsWhatIsPendingAndKeepsMemory) {
+  float* data = device_floats();
+  const cudaStream_t on = stream();
+  fill(data, 1, on);
+  reseed(7, Policy::kLate);
+  EXPECT_EQ(0u, pending());
+  EXPECT_EQ(1.0f, download(data, on)[kSize - 1]);
+}
+
 TEST_F(Simulator, TheDefaultStreamWaitsForBlockingStreamsOnly) {
   float* data = device_floats();
   fill(data, 1, stream(cudaStreamNonBlocking));

@@ -3,11 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything there is to find out on a machine with a GPU, the most telling first.
 
-    run.py BUILD --out FOLDER [--seconds 480] [--list]
+    run.py BUILD --out FOLDER [--seconds 480] [--only WORD] [--list]
 
 BUILD has the programs (`./dev gpu --build` makes them, also on a machine without a GPU: they then run
 where neither GoogleTest nor Google Benchmark is installed). FOLDER gets a log and a JSON file of every
-part, and summary.json; a table of all parts is printed last. Needs nothing but Python 3.10.
+part, and summary.json; a table of all parts is printed last. Needs nothing but Python 3.10; the Python
+tests need more, and are reported as failed where it is missing.
 """
 
 import argparse
@@ -18,6 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
+
+import python_tests
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -29,6 +33,7 @@ PARTS = [
     ("behaviour", 30, "cuda_gpu_behaviour", []),
     ("streams", 30, "cuda_gpu_streams", []),
     ("limits", 60, "gpu_limits_test", []),
+    ("python", 300, "python_tests.py", []),
 ]
 BENCHMARKS = [
     ("bench", 100, "bench_cuda", ["--models=gpt2,resnet152,tiny10k"]),
@@ -44,6 +49,9 @@ def find_program(build, name):
 
 def command_of(part, build, out):
     name, _, program, arguments = part
+    if program == "python_tests.py":
+        script = pathlib.Path(python_tests.__file__)
+        return [sys.executable, script, f"--build={build.parent / 'gpu-python'}", f"--junitxml={out / 'python.xml'}"]
     path = find_program(build, program)
     if path is None:
         return None
@@ -66,6 +74,8 @@ def run(name, command, seconds, out):
         try:
             status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
             outcome = "passed" if status == 0 else f"FAILED ({status})"
+            if status == python_tests.MISSING:
+                outcome = f"FAILED ({log.read_text().strip()})"
         except subprocess.TimeoutExpired:
             outcome = f"FAILED (more than {seconds} s)"
     spent = time.monotonic() - start
@@ -74,7 +84,12 @@ def run(name, command, seconds, out):
 
 
 def count_tests(path):
-    """(run, skipped) of a GoogleTest result: a test without its device does not pass silently."""
+    """(run, skipped) of GoogleTest's result or pytest's: a test without its device does not pass silently."""
+    junit = path.with_suffix(".xml")
+    if junit.exists():
+        suite = xml.etree.ElementTree.parse(junit).getroot().find("testsuite")
+        skipped = int(suite.get("skipped"))
+        return int(suite.get("tests")) - skipped, skipped
     if not path.exists():
         return 0, 0
     tests = [test for suite in json.loads(path.read_text()).get("testsuites", []) for test in suite["testsuite"]]
@@ -112,6 +127,7 @@ def main():
     parser.add_argument("build", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seconds", type=int, default=480, help="for everything together")
+    parser.add_argument("--only", default="", metavar="WORD", help="parts with this word in their names")
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     options = parser.parse_args()
     if options.list:
@@ -123,6 +139,8 @@ def main():
     results = []
 
     def attempt(name, seconds, command):
+        if options.only not in name:
+            return
         left = end - time.monotonic()
         if command is None:
             results.append({"name": name, "outcome": "FAILED (there is no such program)", "seconds": 0})

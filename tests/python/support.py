@@ -9,6 +9,7 @@ import unittest
 
 import torch
 
+import device
 import fusestep
 from fusestep import _core
 
@@ -68,24 +69,30 @@ def error_inputs(name):
 
 
 def tensors(*shapes, dtype=torch.float32, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
+    random = torch.Generator("cpu").manual_seed(seed)
+    values = [torch.randn(shape, generator=random, dtype=dtype, device="cpu") for shape in shapes]
+    return [torch.nn.Parameter(value.to(device.DEFAULT)) for value in values]
 
 
 def twins(parameters, dtype=None):
     return [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in parameters]
 
 
+def scaler(scale):
+    return torch.amp.GradScaler(device.DEFAULT.type, init_scale=scale)
+
+
 def set_grads(parameters, seed, scale=1.0):
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator("cpu").manual_seed(seed)
     for p in parameters:
         wide = torch.complex128 if p.dtype.is_complex else torch.float64
-        p.grad = (torch.randn(p.shape, generator=random, dtype=wide) * scale).to(p.dtype)
+        grad = torch.randn(p.shape, generator=random, dtype=wide, device="cpu") * scale
+        p.grad = device.beside(p, grad.to(p.dtype))
 
 
 def give_same_grads(source, target):
     for p, q in zip(source, target, strict=True):
-        q.grad = None if p.grad is None else p.grad.detach().clone().to(q.dtype)
+        q.grad = None if p.grad is None else device.beside(q, p.grad.detach().clone().to(q.dtype))
 
 
 def stepped_by_us(optimizer, steps=None, parameters=None):
@@ -124,7 +131,7 @@ def assert_bits(got, expected):
     """Equal bits, or NaN on both sides, in every value and state."""
     assert got.keys() == expected.keys()
     for key in expected:
-        x, y = torch.as_tensor(got[key]), torch.as_tensor(expected[key])
+        x, y = (torch.as_tensor(side[key]).cpu() for side in (got, expected))
         assert x.dtype == y.dtype and x.shape == y.shape, key
         assert torch.equal(torch.nan_to_num(x, nan=7.25), torch.nan_to_num(y, nan=7.25)), key
 
@@ -138,7 +145,7 @@ def assert_close(got, expected, steps, ulps=4.0, weight=None):
     """
     assert got.keys() == expected.keys()
     for key in expected:
-        x, y = torch.as_tensor(got[key]), torch.as_tensor(expected[key])
+        x, y = (torch.as_tensor(side[key]).cpu() for side in (got, expected))
         assert x.dtype == y.dtype and x.shape == y.shape, (key, x.dtype, y.dtype)
         if y.numel() == 0:
             continue
@@ -147,5 +154,5 @@ def assert_close(got, expected, steps, ulps=4.0, weight=None):
         bound = relative * y.abs().max().item()
         excess = (x - y).abs()
         if weight is not None:
-            excess = excess / weight(key, y)
+            excess = excess / weight(key, y).cpu()
         assert excess.max().item() <= bound, f"{key}: {excess.max().item()} > {bound}"

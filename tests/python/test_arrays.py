@@ -15,6 +15,8 @@ import torch
 import fusestep
 import support
 
+pytestmark = pytest.mark.on_cpu
+
 
 def grads_like(arrays, seed):
     random = numpy.random.default_rng(seed)
@@ -93,6 +95,11 @@ def jax_array():
     return type("ArrayImpl", (), {"__module__": module.__name__, "__dlpack__": None})()
 
 
+def gpu_array():
+    memory = {"data": (4096, False), "typestr": "<f4", "shape": (3,), "version": 3}
+    return type("Array", (), {"__cuda_array_interface__": memory, "device": torch.device("cuda", 1)})()
+
+
 REFUSED = {
     "read-only": (read_only, "parameter 'w' is read-only"),
     "read-only through DLPack": (lambda: DlpackOnlyNumpy(read_only()), "parameter 'w' is read-only"),
@@ -103,6 +110,7 @@ REFUSED = {
     "Fortran order": (lambda: numpy.ones((2, 3), numpy.float32, order="F"), "is not contiguous"),
     "integers": (lambda: numpy.ones(3, numpy.int32), "has dtype <i4, expected float32, float64 or float16"),
     "other byte order": (lambda: numpy.ones(3, ">f4"), "has dtype >f4"),
+    "GPU memory": (gpu_array, "is GPU memory of a Array, and of that only CuPy's arrays can be stepped"),
     "JAX": (jax_array, "is a JAX array, and those are immutable: there is no memory to step in place"),
     "a list": (lambda: [1.0, 2.0], "is a list, expected an array whose memory can be stepped in place"),
     "requires grad": (

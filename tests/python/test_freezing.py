@@ -302,6 +302,16 @@ def test_parameters_that_no_group_held_are_added(named):
     support.stepped_by_us(optimizer, steps=2, parameters=6)
 
 
+def test_added_parameters_have_an_initial_lr_where_others_do():
+    model = Net()
+    optimizer = fusestep.optim.SGD(model.head.parameters(), lr=0.1)
+    optimizer.thaw("backbone.0", model, lr=0.01)
+    assert "initial_lr" not in optimizer.param_groups[1]
+    lr_scheduler.StepLR(optimizer, 2)
+    optimizer.thaw("backbone.2", model, lr=0.02)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.01, 0.02]
+
+
 def test_a_gradient_of_before_is_dropped_and_a_live_one_kept():
     model, optimizer = make("SGD")
     model(torch.ones(2, 4)).sum().backward()

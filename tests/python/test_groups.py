@@ -64,6 +64,11 @@ GROUPED = {
             ({"lr": 3}, ["conv.weight", "conv.bias"]),
         ],
     ),
+    "first names of tied ones": (
+        {"[ct]*": {"lr": 1}, "*": {}},
+        (),
+        [({"lr": 1}, ["conv.weight", "conv.bias"]), ({}, rest("conv.weight", "conv.bias"))],
+    ),
     "no decay": (
         {"fc.*": {"lr": 1, "weight_decay": 0.5}, "*": {"lr": 2}},
         ["*.bias", "*norm*"],

@@ -96,6 +96,15 @@ def test_without_names_or_norms():
         assert history == {"lr/0": [0.1]}
 
 
+def test_layers_that_no_group_holds():
+    model, _ = make("SGD")
+    optimizer = fusestep.optim.SGD(model[2].parameters(), lr=0.1)
+    history = fusestep.History(optimizer, model)
+    train(model, optimizer)  # all of the model gets gradients
+    history.record()
+    assert math.isnan(history["grad_norm/0"][0]) and history["grad_norm/2"][0] > 0
+
+
 def test_a_skipped_step_is_not_the_sample(name):
     model, optimizer = make(name)
     history = fusestep.History(optimizer, model)
@@ -201,6 +210,8 @@ def test_scales():
     panels = history_module._panels({"lr/0": [1e-1, 1e-4], "loss": [1.0, 0.5], "acc": [0.01, 0.9]})
     scales = {axes.get_title(loc="left"): axes.get_yscale() for axes in history_module._figure(panels, None).axes}
     assert scales == {"Loss": "linear", "Accuracy": "linear", "Learning rate": "log"}
+    panels = history_module._panels({"lr/0": [0.0, 0.1]})  # which a logarithm would hide
+    assert [axes.get_yscale() for axes in history_module._figure(panels, None).axes] == ["linear"]
 
 
 @pytest.mark.parametrize(("given", "stem"), [("a.png", "a"), ("a.svg", "a"), ("a", "a"), ("v0.1", "v0.1")])

@@ -35,6 +35,7 @@ def resident_bytes():
         return int(statm.read().split()[1]) * 4096
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("kind", ["same memory", "new gradients", "copied", "skipped"])
 def test_no_leak(kind):
     """10,000 steps, after the first thousand, cost neither Python objects nor resident memory."""
@@ -70,6 +71,7 @@ def test_no_leak(kind):
     assert resident_bytes() - resident < 4_000_000
 
 
+@pytest.mark.on_cpu
 def test_optimizers_come_and_go():
     resident = None
     for index in range(600):
