@@ -293,7 +293,7 @@ StepRequest Engine::request_for(const DeviceRecord& device, const StepOptions& o
 
 void Engine::refuse_if_broken() const {
   if (broken_.empty()) return;
-  throw DeviceError("this optimizer cannot be used any more, a device has failed: " + broken_);
+  throw DeviceError("this optimizer cannot be used any more: " + broken_);
 }
 
 }  // namespace fusestep::detail

@@ -4,7 +4,7 @@
 // The public classes: each forwards to the engine.
 #include "fusestep/optimizer.h"
 
-#include <new>
+#include <memory>
 #include <system_error>
 
 #include "checkpoint/dict.h"
@@ -108,44 +108,54 @@ std::map<std::string, std::size_t> Optimizer::memory_report() const {
 }
 
 StateDict Optimizer::state_dict(std::span<const Stream> streams) {
-  detail::EngineSource source(*engine_, false, streams);
-  return detail::to_dict(source);
+  return detail::with_host_memory([&] {
+    detail::EngineSource source(*engine_, false, streams);
+    return detail::to_dict(source);
+  });
 }
 void Optimizer::load_state_dict(const StateDict& state, std::span<const Stream> streams) {
-  detail::DictSource source(state);
   LoadOptions options;
   options.streams = streams;
-  detail::EngineLoader(*engine_, options).load(source, true);
+  detail::with_host_memory([&] {
+    detail::DictSource source(state);
+    detail::EngineLoader(*engine_, options).load(source, true);
+  });
 }
 LoadReport Optimizer::load(const std::filesystem::path& file, const LoadOptions& options) {
-  detail::StateFileReader source(file);
-  return detail::EngineLoader(*engine_, options).load(source, false);
+  return detail::with_host_memory([&] {
+    detail::StateFileReader source(file);
+    return detail::EngineLoader(*engine_, options).load(source, false);
+  });
 }
 LoadReport Optimizer::load(const StateDict& state, const LoadOptions& options) {
-  detail::DictSource source(state);
-  return detail::EngineLoader(*engine_, options).load(source, false);
+  return detail::with_host_memory([&] {
+    detail::DictSource source(state);
+    return detail::EngineLoader(*engine_, options).load(source, false);
+  });
 }
 
 void Optimizer::save(const std::filesystem::path& file, const SaveOptions& options) {
   wait_for_save();
-  detail::EngineSource source(*engine_, options.values, options.streams);
-  detail::write_file(source, options.metadata, file);
+  detail::with_host_memory([&] {
+    detail::EngineSource source(*engine_, options.values, options.streams);
+    detail::write_file(source, options.metadata, file);
+  });
 }
 void Optimizer::save_async(const std::filesystem::path& file, const SaveOptions& options) {
   wait_for_save();
   detail::check_user_metadata(options.metadata);
-  detail::EngineSource source(*engine_, options.values, options.streams);
-  try {
+  detail::with_host_memory([&] {
+    detail::EngineSource source(*engine_, options.values, options.streams);
     auto snapshot = std::make_shared<detail::Snapshot>(source);
-    engine_->set_saving(
-        std::async(std::launch::async, [snapshot, metadata = options.metadata, file] {
-          detail::write_file(*snapshot, metadata, file);
-        }));
-  } catch (const std::bad_alloc&) {
-    throw OutOfMemory("no memory on the host for a copy of the state");
-  } catch (const std::system_error& error) {
-    throw Error(std::string("no thread to save in: ") + error.what());
-  }
+    const auto write = [snapshot, metadata = options.metadata, file] {
+      detail::with_host_memory([&] { detail::write_file(*snapshot, metadata, file); });
+    };
+    try {
+      engine_->set_saving(std::async(std::launch::async, write));
+    } catch (const std::system_error& error) {
+      throw Error(std::string("no thread to save in: ") + error.what());
+    }
+  });
 }
 void Optimizer::wait_for_save() { engine_->wait_for_save(); }
 

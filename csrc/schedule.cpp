@@ -61,9 +61,15 @@ void LrSchedule::set_step(std::int64_t step) {
   for (const detail::GroupRecord& group : groups) {
     const double lr = learning_rate(group.hyper);
     const double base = base_.try_emplace(group.name, lr).first->second;
-    if (base >= 0) continue;
-    throw InvalidArgument("LrSchedule: the base of group '" + group.name + "' must be >= 0, got " +
-                          std::to_string(base));
+    if (!(base >= 0)) {
+      throw InvalidArgument("LrSchedule: the base of group '" + group.name +
+                            "' must be >= 0, got " + std::to_string(base));
+    }
+    if (!(base * factor >= 0)) {
+      throw InvalidArgument("LrSchedule: the rate of group '" + group.name + "' at step " +
+                            std::to_string(step) + " must be >= 0, got " +
+                            std::to_string(base * factor));
+    }
   }
   for (int i = 0; i < static_cast<int>(groups.size()); ++i) {
     const double base = base_.at(groups[static_cast<std::size_t>(i)].name);

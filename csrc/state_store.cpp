@@ -58,7 +58,7 @@ StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
   }
   try {
     for (const Wanted& w : growth.slots) {
-      if (w.spare) backend_.clear(w.slot.data, bytes_of(w), stream);
+      if (w.spare && bytes_of(w) != 0) backend_.clear(w.slot.data, bytes_of(w), stream);
     }
     for (const DType dtype : dtypes) allocate_arena(growth, dtype, stream);
   } catch (...) {

@@ -257,12 +257,20 @@ class CudaBackend final : public Backend {
     return pinned_;
   }
   void end_reading() noexcept override {
-    if (getpid() == process_) static_cast<void>(cudaFreeHost(pinned_));
+    if (pinned_ == nullptr) return;
+    if (getpid() == process_) {
+      static_cast<void>(cudaEventSynchronize(last_work_));  // a read that has failed may still run
+      static_cast<void>(cudaFreeHost(pinned_));
+    }
     pinned_ = nullptr;
+  }
+  void begin_writing(void* stream) override {
+    Work work(*this, stream);
+    if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
+    work.finish();
   }
   void write(void* to, const void* from, std::size_t bytes, void* stream) override {
     Work work(*this, stream);
-    if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
     ring_->upload(to, from, bytes, work.stream());
     work.finish();
   }

@@ -4,15 +4,19 @@
 
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "fusestep/detail/hyper_fields.h"
 #include "fusestep/error.h"
+#include "fusestep/tensor_view.h"
 
 namespace fusestep::detail {
 namespace {
 
 constexpr int kMaxDepth = 64;
+/// Up to here a double tells one number of steps from the next.
+constexpr std::int64_t kMaxDoubleStep = std::int64_t{1} << 53;
 
 /// A member of an object, taken out of it so that what is unknown remains.
 Json take(Json& object, const char* key) {
@@ -40,7 +44,8 @@ std::vector<std::int64_t> shape_from_json(const Json& value, const std::string& 
   if (!value.is_array()) throw InvalidArgument(where + " must be a list of extents");
   std::vector<std::int64_t> shape;
   for (const Json& extent : value) {
-    if (!extent.is_number_integer() || extent.get<double>() < 0) {
+    // One that is too large for its type comes out negative.
+    if (!extent.is_number_integer() || extent.get<std::int64_t>() < 0) {
       throw InvalidArgument(where + " must be a list of extents, got " + value.dump());
     }
     shape.push_back(extent.get<std::int64_t>());
@@ -58,36 +63,34 @@ Json tensor_to_json(const TensorDescription& tensor) {
   return {{"dtype", tensor.dtype}, {"shape", tensor.shape}};
 }
 
+/// As a float where that is exact: so frameworks keep it.
+Json step_to_json(std::int64_t step) {
+  if (step <= kMaxDoubleStep) return static_cast<double>(step);
+  return step;
+}
+
+std::int64_t step_from_json(const Json& json, const std::string& where) {
+  if (json.is_number_integer() && json.get<std::int64_t>() >= 0) return json.get<std::int64_t>();
+  return step_from_number(number_from_json(json, where), where);
+}
+
 Json to_json(const ParameterDescription& parameter, bool with_slots) {
   Json json = {
       {"name", parameter.name}, {"dtype", parameter.value.dtype}, {"shape", parameter.value.shape}};
-  if (parameter.step) json["step"] = number_to_json(*parameter.step);
+  if (parameter.step) json["step"] = step_to_json(*parameter.step);
   if (parameter.frozen) json["frozen"] = true;
   if (with_slots) {
     Json& slots = json["slots"] = Json::object();
     for (const auto& [name, slot] : parameter.slots) slots[name] = tensor_to_json(slot);
   }
-  json.update(parameter.unknown);
+  for (const auto& [key, value] : parameter.unknown.items()) {
+    if (!json.contains(key)) json[key] = value;
+  }
   return json;
 }
 
-ParameterDescription parameter_from_json(Json json, int group, const std::string& group_text) {
-  if (!json.is_object()) throw InvalidArgument(group_text + ": a parameter must be an object");
-  ParameterDescription parameter;
-  parameter.group = group;
-  parameter.name = text(take(json, "name"), group_text + ": a parameter's name");
-  const std::string where = group_text + ", parameter '" + parameter.name + "'";
-  parameter.value = {text(take(json, "dtype"), where + ": dtype"),
-                     shape_from_json(take(json, "shape"), where + ": shape")};
-  if (const Json step = take(json, "step"); !step.is_null()) {
-    parameter.step = number_from_json(step, where + ": step");
-    if (!(*parameter.step >= 0 && *parameter.step <= 0x1p62)) {
-      throw InvalidArgument(where + ": step must be >= 0, got " + step.dump());
-    }
-  }
-  if (const Json frozen = take(json, "frozen"); !frozen.is_null()) {
-    parameter.frozen = as<bool>(frozen, where + ": frozen", "true or false");
-  }
+/// What describes the slots themselves: not in files.
+void read_slots(Json& json, const std::string& where, ParameterDescription& parameter) {
   if (const Json slots = take(json, "slots"); !slots.is_null()) {
     if (!slots.is_object()) throw InvalidArgument(where + ": slots must be an object");
     for (const auto& [name, slot] : slots.items()) {
@@ -98,10 +101,28 @@ ParameterDescription parameter_from_json(Json json, int group, const std::string
     parameter.slot_dtypes =
         as<std::vector<std::string>>(dtypes, where + ": slot_dtypes", "a list of names");
   }
-  parameter.slot_shape = parameter.value.shape;
   if (const Json shape = take(json, "slot_shape"); !shape.is_null()) {
     parameter.slot_shape = shape_from_json(shape, where + ": slot_shape");
   }
+}
+
+ParameterDescription parameter_from_json(Json json, int group, const std::string& group_text,
+                                         bool with_slots) {
+  if (!json.is_object()) throw InvalidArgument(group_text + ": a parameter must be an object");
+  ParameterDescription parameter;
+  parameter.group = group;
+  parameter.name = text(take(json, "name"), group_text + ": a parameter's name");
+  const std::string where = group_text + ", parameter '" + parameter.name + "'";
+  parameter.value = {text(take(json, "dtype"), where + ": dtype"),
+                     shape_from_json(take(json, "shape"), where + ": shape")};
+  if (const Json step = take(json, "step"); !step.is_null()) {
+    parameter.step = step_from_json(step, where + ": step");
+  }
+  if (const Json frozen = take(json, "frozen"); !frozen.is_null()) {
+    parameter.frozen = as<bool>(frozen, where + ": frozen", "true or false");
+  }
+  parameter.slot_shape = parameter.value.shape;
+  if (with_slots) read_slots(json, where, parameter);
   parameter.unknown = std::move(json);
   return parameter;
 }
@@ -128,11 +149,11 @@ Json to_json(const Description& description, bool with_slots) {
   return groups;
 }
 
-Description description_from_json(const Json& json) {
+Description description_from_json(Json json, bool with_slots) {
   if (!json.is_array()) throw InvalidArgument("groups must be a list");
   Description description;
   std::set<std::string> names;
-  for (Json group : json) {
+  for (Json& group : json) {
     const int index = static_cast<int>(description.groups.size());
     std::string where = "group " + std::to_string(index);
     if (!group.is_object()) throw InvalidArgument(where + " must be an object");
@@ -142,10 +163,11 @@ Description description_from_json(const Json& json) {
     read.rule = text(take(group, "rule"), where + ": rule");
     read.hyper = take(group, "hyper");
     if (!read.hyper.is_object()) throw InvalidArgument(where + ": hyper must be an object");
-    const Json params = take(group, "params");
+    Json params = take(group, "params");
     if (!params.is_array()) throw InvalidArgument(where + ": params must be a list");
-    for (const Json& parameter : params) {
-      description.parameters.push_back(parameter_from_json(parameter, index, where));
+    for (Json& parameter : params) {
+      description.parameters.push_back(
+          parameter_from_json(std::move(parameter), index, where, with_slots));
       if (names.insert(description.parameters.back().name).second) continue;
       throw InvalidArgument(where + ": there are two parameters named '" +
                             description.parameters.back().name + "'");
@@ -178,6 +200,35 @@ double number_from_json(const Json& json, const std::string& where) {
   throw InvalidArgument(where + " must be a number, got " + json.dump());
 }
 
+std::int64_t step_from_number(double number, const std::string& where) {
+  if (number >= 0 && number <= static_cast<double>(kMaxDoubleStep) &&
+      number == std::trunc(number)) {
+    return static_cast<std::int64_t>(number);
+  }
+  throw InvalidArgument(where + " must be a whole number >= 0, got " + number_text(number));
+}
+
+DType dtype_from_name(const std::string& name, const std::string& where) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw InvalidArgument(where + ": has dtype " + (name.empty() ? "none" : name) +
+                        ", expected float32, float64, bfloat16 or float16");
+}
+
+std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& shape,
+                     const std::string& where) {
+  std::int64_t elements = 1;
+  for (const std::int64_t extent : shape) {
+    const bool fits =
+        extent == 0 ||
+        (extent > 0 && elements <= std::numeric_limits<std::int64_t>::max() / 8 / extent);
+    if (!fits) throw InvalidArgument(where + ": no tensor has the shape " + to_string(shape));
+    elements *= extent;
+  }
+  return static_cast<std::size_t>(elements) * size_of(dtype);
+}
+
 Json to_json(const Hyper& hyper) {
   Json json = Json::object();
   std::visit(
@@ -197,10 +248,10 @@ Json to_json(const Hyper& hyper) {
   return json;
 }
 
-Hyper hyper_from_json(std::string_view rule, const Json& json) {
+Hyper hyper_from_json(std::string_view rule, const Json& json, const std::string& where) {
   Hyper hyper;
   if (!default_hyper(rule, hyper)) {
-    throw InvalidArgument("there is no rule named '" + std::string(rule) + "'");
+    throw InvalidArgument(where + ": there is no rule named '" + std::string(rule) + "'");
   }
   std::visit(
       [&](auto& settings) {
@@ -208,21 +259,29 @@ Hyper hyper_from_json(std::string_view rule, const Json& json) {
           const auto found = json.find(name);
           if (found == json.end()) return;
           using Field = std::remove_cvref_t<decltype(field)>;
+          const std::string text = where + ": " + name;
           if constexpr (std::is_same_v<Field, double>) {
-            field = number_from_json(*found, name);
+            field = number_from_json(*found, text);
           } else if constexpr (std::is_same_v<Field, bool>) {
-            field = as<bool>(*found, name, "true or false");
+            field = as<bool>(*found, text, "true or false");
           } else {
             if (!found->is_array() || found->size() != 2) {
-              throw InvalidArgument(std::string(name) + " must be two numbers, got " +
-                                    found->dump());
+              throw InvalidArgument(text + " must be two numbers, got " + found->dump());
             }
-            for (std::size_t i = 0; i < 2; ++i) field[i] = number_from_json((*found)[i], name);
+            for (std::size_t i = 0; i < 2; ++i) field[i] = number_from_json((*found)[i], text);
           }
         });
       },
       hyper);
   return hyper;
+}
+
+std::optional<double> initial_lr_from_json(const Json& hyper, const std::string& where) {
+  const auto found = hyper.find(kInitialLr);
+  if (found == hyper.end()) return {};
+  const double lr = number_from_json(*found, where + ": " + kInitialLr);
+  if (lr >= 0) return lr;
+  throw InvalidArgument(where + ": " + kInitialLr + " must be >= 0, got " + number_text(lr));
 }
 
 std::string_view canonical_rule(std::string_view rule) {

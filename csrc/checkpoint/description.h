@@ -5,6 +5,7 @@
 // it stands in files and goes to and from Python.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -12,11 +13,15 @@
 #include <string_view>
 #include <vector>
 
+#include "fusestep/dtype.h"
 #include "fusestep/hyper.h"
 
 namespace fusestep::detail {
 
 using Json = nlohmann::ordered_json;
+
+/// What a schedule multiplies: it stands among a group's settings, as in torch.
+inline constexpr const char* kInitialLr = "initial_lr";
 
 struct TensorDescription {
   std::string dtype;  // torch's name: "float32", "complex64", ...
@@ -28,7 +33,7 @@ struct ParameterDescription {
   int group = 0;
   TensorDescription value;
   bool frozen = false;
-  std::optional<double> step;
+  std::optional<std::int64_t> step;
   std::map<std::string, TensorDescription> slots;  // what there is; "value" where it was saved
   Json unknown = Json::object();                   // keys of a later version
 
@@ -52,19 +57,30 @@ struct Description {
 
 /// `with_slots`: in a file slots follow from its tensors.
 Json to_json(const Description& description, bool with_slots);
-/// Throws InvalidArgument that says where something is missing or of a wrong type.
-Description description_from_json(const Json& json);
+/// Throws InvalidArgument that says where something is missing or of a wrong type. Without
+/// `with_slots` what stands there of slots is as unknown as any other key.
+Description description_from_json(Json json, bool with_slots = true);
 
 /// Doubles JSON has no number for are {"float": "inf"}.
 Json to_json(const Hyper& hyper);
 /// Known settings of a rule; others in `json` are passed over, missing ones have their default.
-Hyper hyper_from_json(std::string_view rule, const Json& json);
+/// Throws InvalidArgument, beginning with `where`.
+Hyper hyper_from_json(std::string_view rule, const Json& json, const std::string& where);
+std::optional<double> initial_lr_from_json(const Json& hyper, const std::string& where);
 /// The rule's name without its variants: AdamW is Adam.
 std::string_view canonical_rule(std::string_view rule);
 
 Json number_to_json(double number);
 /// Of a number, {"float": "inf"}, or a tensor of one element as Python writes it.
 double number_from_json(const Json& json, const std::string& where);
+
+/// A number of steps: whole and not negative.
+std::int64_t step_from_number(double number, const std::string& where);
+
+/// Of "float32" and so on. Throws InvalidArgument for what an optimizer's slots never are.
+DType dtype_from_name(const std::string& name, const std::string& where);
+/// Throws InvalidArgument for shapes that nothing has.
+std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& shape, const std::string& where);
 
 /// Text that is refused where it is not JSON, nests too deeply or has a key twice. Throws
 /// InvalidArgument, beginning with `what`.

@@ -8,25 +8,10 @@
 
 #include "checkpoint/state_file.h"
 #include "fusestep/error.h"
-#include "fusestep/tensor_view.h"
 
 namespace fusestep {
 namespace detail {
 namespace {
-
-constexpr const char* kInitialLr = "initial_lr";
-
-DType dtype_named(const std::string& name, const std::string& what) {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
-    if (name == name_of(dtype)) return dtype;
-  }
-  throw InvalidArgument(what + " is of " + name +
-                        ", expected float32, float64, bfloat16 or float16");
-}
-
-std::size_t bytes_of(DType dtype, const std::vector<std::int64_t>& shape) {
-  return TensorView{nullptr, dtype, shape, {}, true}.bytes();
-}
 
 GroupDescription describe(const GroupState& group) {
   GroupDescription description{group.name, std::string(rule_name(group.hyper)),
@@ -36,21 +21,21 @@ GroupDescription describe(const GroupState& group) {
 }
 
 ParameterDescription describe(const ParameterState& state, int group) {
+  const std::string where = "parameter '" + state.name + "'";
   ParameterDescription description;
   description.name = state.name;
   description.group = group;
   description.value = {std::string(name_of(state.dtype)), state.shape};
   description.frozen = state.frozen;
-  description.step = static_cast<double>(state.step);
+  description.step = state.step;
   if (state.step < 0) {
-    throw InvalidArgument("parameter '" + state.name + "': step must be >= 0, got " +
-                          std::to_string(state.step));
+    throw InvalidArgument(where + ": step must be >= 0, got " + std::to_string(state.step));
   }
   for (const auto& [name, slot] : state.slots) {
-    const std::size_t expected = bytes_of(slot.dtype, slot.shape);
+    const std::string text = where + ", slot '" + name + "'";
+    const std::size_t expected = bytes_of(slot.dtype, slot.shape, text);
     if (slot.data.size() != expected) {
-      throw InvalidArgument("parameter '" + state.name + "', slot '" + name + "': expected " +
-                            std::to_string(expected) + " bytes, got " +
+      throw InvalidArgument(text + ": expected " + std::to_string(expected) + " bytes, got " +
                             std::to_string(slot.data.size()));
     }
     description.slots[name] = {std::string(name_of(slot.dtype)), slot.shape};
@@ -97,10 +82,9 @@ StateDict to_dict(StateSource& source) {
     GroupState state;
     state.name = group.name;
     // A file of another program has no settings.
-    if (!group.rule.empty()) state.hyper = hyper_from_json(group.rule, group.hyper);
-    if (const auto lr = group.hyper.find(kInitialLr); lr != group.hyper.end()) {
-      state.initial_lr = number_from_json(*lr, kInitialLr);
-    }
+    const std::string where = "group '" + group.name + "'";
+    if (!group.rule.empty()) state.hyper = hyper_from_json(group.rule, group.hyper, where);
+    state.initial_lr = initial_lr_from_json(group.hyper, where);
     dict.param_groups.push_back(std::move(state));
   }
   const std::vector<ParameterDescription>& parameters = source.description().parameters;
@@ -110,14 +94,16 @@ StateDict to_dict(StateSource& source) {
         static_cast<std::int64_t>(i));
     ParameterState state;
     state.name = parameter.name;
-    state.dtype = dtype_named(parameter.value.dtype, "parameter '" + parameter.name + "'");
+    const std::string where = "parameter '" + parameter.name + "'";
+    state.dtype = dtype_from_name(parameter.value.dtype, where);
     state.shape = parameter.value.shape;
     state.frozen = parameter.frozen;
-    state.step = static_cast<std::int64_t>(parameter.step.value_or(0));
+    state.step = parameter.step.value_or(0);
     for (const auto& [name, tensor] : parameter.slots) {
-      const DType dtype = dtype_named(tensor.dtype, "'" + parameter.name + "/" + name + "'");
+      const std::string text = where + ", slot '" + name + "'";
+      const DType dtype = dtype_from_name(tensor.dtype, text);
       StateTensor& slot = state.slots[name] = {dtype, tensor.shape, {}};
-      slot.data.resize(bytes_of(dtype, tensor.shape));
+      slot.data.resize(bytes_of(dtype, tensor.shape, text));
       std::byte* next = slot.data.data();
       source.read(static_cast<int>(i), name, [&](const void* data, std::size_t bytes) {
         std::memcpy(next, data, bytes);
@@ -132,17 +118,21 @@ StateDict to_dict(StateSource& source) {
 }  // namespace detail
 
 StateDict read_state_dict(const std::filesystem::path& path) {
-  detail::StateFileReader file(path);
-  try {
-    return detail::to_dict(file);
-  } catch (const InvalidArgument& error) {
-    throw FileError(path.string() + ": " + error.what());
-  }
+  return detail::with_host_memory([&] {
+    detail::StateFileReader file(path);
+    try {
+      return detail::to_dict(file);
+    } catch (const InvalidArgument& error) {
+      file.refuse(error.what());
+    }
+  });
 }
 
 void write_state_dict(const StateDict& state, const std::filesystem::path& path) {
-  detail::DictSource source(state);
-  detail::write_file(source, {}, path);
+  detail::with_host_memory([&] {
+    detail::DictSource source(state);
+    detail::write_file(source, {}, path);
+  });
 }
 
 }  // namespace fusestep

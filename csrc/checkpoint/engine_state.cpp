@@ -3,7 +3,7 @@
 #include "checkpoint/engine_state.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <set>
 
 #include "cpu/fp_environment.h"
@@ -15,7 +15,6 @@ namespace fusestep::detail {
 namespace {
 
 constexpr const char* kValue = "value";
-constexpr const char* kInitialLr = "initial_lr";
 constexpr const char* kMomentumBuffer = "momentum_buffer";
 
 TensorDescription describe_tensor(DType dtype, const TensorView& value) {
@@ -54,19 +53,21 @@ void with_type(DType dtype, Visit&& visit) {
   }
 }
 
-/// To nearest, through float32 where the target is narrower.
+/// To nearest, through float32 where the target is narrower. Neither side need be aligned.
 template <class From, class To>
-void convert(const void* data, std::size_t count, std::vector<std::byte>& converted) {
+void convert(const void* data, std::size_t count, std::byte* converted) {
   using Real =
       std::conditional_t<std::is_same_v<From, double> && std::is_same_v<To, double>, double, float>;
-  converted.resize(count * sizeof(To));
-  const auto* from = static_cast<const From*>(data);
-  auto* to = reinterpret_cast<To*>(converted.data());
-  for (std::size_t i = 0; i < count; ++i) to[i] = store_as<To>(load_as<Real>(from[i]));
+  const auto* from = static_cast<const std::byte*>(data);
+  for (std::size_t i = 0; i < count; ++i) {
+    From element;
+    std::memcpy(&element, from + i * sizeof element, sizeof element);
+    const To stored = store_as<To>(load_as<Real>(element));
+    std::memcpy(converted + i * sizeof stored, &stored, sizeof stored);
+  }
 }
 
-void convert(const void* data, std::size_t bytes, DType from, DType to,
-             std::vector<std::byte>& converted) {
+void convert(const void* data, std::size_t bytes, DType from, DType to, std::byte* converted) {
   with_type(from, [&]<class From>(From) {
     with_type(to, [&]<class To>(To) { convert<From, To>(data, bytes / sizeof(From), converted); });
   });
@@ -83,17 +84,9 @@ std::string_view slot_name(const std::string& name) {
   return found;
 }
 
-DType dtype_of_name(const std::string& name) {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
-    if (name == name_of(dtype)) return dtype;
-  }
-  throw InvalidArgument("there is no conversion from " + name);
-}
-
 }  // namespace
 
-// ---- the engine's state as a source
-// --------------------------------------------------------------
+// ---- saving -------------------------------------------------------------------------------------
 
 EngineSource::EngineSource(Engine& engine, bool values, std::span<const Stream> streams)
     : engine_(engine), streams_(streams) {
@@ -147,7 +140,7 @@ ParameterDescription EngineSource::describe(int index, bool value) {
   description.group = record.group;
   description.value = describe_tensor(record.value.dtype, record.value);
   description.frozen = record.frozen;
-  description.step = static_cast<double>(state.step);
+  description.step = state.step;
   // One that no step has filled yet is none, as in torch.
   const bool counts_filling = std::holds_alternative<SgdHyper>(group.hyper);
   for (const Slot& slot : record.slots) {
@@ -179,29 +172,39 @@ void EngineSource::read(int index, const std::string& name, const TakePiece& tak
 
 LoadReport EngineLoader::load(StateSource& source, bool by_position) {
   const DefaultFpEnvironment environment;
-  const EngineSource here(engine_, false, options_.streams);
   const Description saved = renamed(source.description());
-  Match matched = match(saved, here.description(),
-                        {options_.what, options_.convert, options_.values, by_position});
-  matched.report.metadata = source.metadata();
+  Match matched = match_or_refuse(source, saved, by_position);
   if (options_.strict && !matched.report.complete()) throw LoadError(std::move(matched.report));
 
-  if (options_.what != LoadWhat::kState) read_settings(saved, matched.settings);
+  Metadata metadata = source.metadata();
   read_parameters(saved, matched.parameters);
   list_transfers(saved, matched.parameters);
   verify_what_is_overwritten(source);
-  make_room();
-  try {
-    transfer(source);
-  } catch (const std::exception& error) {
-    give_room_back();
-    if (overwriting_ && engine_.broken_.empty()) {
-      engine_.broken_ = std::string("a load failed while it replaced state: ") + error.what();
-    }
-    throw;
-  }
-  commit(source.metadata());
+  make_room_and_transfer(source);
+  commit(metadata);
   return std::move(matched.report);
+}
+
+/// What the source says and makes no sense is refused as the source does it.
+Match EngineLoader::match_or_refuse(const StateSource& source, const Description& saved,
+                                    bool by_position) {
+  const EngineSource here(engine_, false, options_.streams);
+  Match matched;
+  try {
+    matched = match(saved, here.description(),
+                    {options_.what, options_.convert, options_.values, by_position});
+    if (options_.what != LoadWhat::kState) read_settings(saved, matched.settings);
+  } catch (const InvalidArgument& error) {
+    source.refuse(error.what());
+  }
+  matched.report.metadata = source.metadata();
+  for (LoadReport::HyperDifference& difference : matched.report.hyper) {
+    const GroupRecord& group =
+        engine_.groups_[static_cast<std::size_t>(engine_.find_group(difference.group))];
+    // The rate is still read from the caller's memory.
+    if (difference.key == "lr" && group.lr_source.present) difference.taken = false;
+  }
+  return matched;
 }
 
 Description EngineLoader::renamed(const Description& saved) const {
@@ -224,12 +227,13 @@ void EngineLoader::read_settings(const Description& saved, const std::vector<int
     if (sources[i] < 0) continue;
     const GroupDescription& from = saved.groups[static_cast<std::size_t>(sources[i])];
     const GroupRecord& group = engine_.groups_[i];
-    Settings settings{
-        static_cast<int>(i), hyper_from_json(from.rule, from.hyper), group.initial_lr, {}};
-    validate(settings.hyper, "group '" + group.name + "'");
-    if (const auto lr = from.hyper.find(kInitialLr); lr != from.hyper.end()) {
-      settings.initial_lr = number_from_json(*lr, kInitialLr);
-    }
+    const std::string where = "settings saved of group '" + from.name + "'";
+    Settings settings{static_cast<int>(i),
+                      hyper_from_json(from.rule, from.hyper, where),
+                      initial_lr_from_json(from.hyper, where),
+                      {}};
+    validate(settings.hyper, where);
+    if (!settings.initial_lr) settings.initial_lr = group.initial_lr;
     Json kept = from.unknown;
     if (Json unknown = unknown_settings(from, settings.hyper); !unknown.empty()) {
       kept[kHyper] = std::move(unknown);
@@ -248,7 +252,7 @@ void EngineLoader::read_parameters(const Description& saved,
     const bool takes_frozen = options_.what == LoadWhat::kAll && has_settings;
     const bool filled = from.slots.count(kMomentumBuffer) != 0;
     Parameter parameter{pair.here,
-                        {static_cast<std::int64_t>(from.step.value_or(0)), filled ? 1 : 0},
+                        {from.step.value_or(0), filled ? 1 : 0},
                         takes_frozen ? from.frozen : record(pair.here).frozen,
                         kept_text(from.unknown),
                         pair.slots};
@@ -266,15 +270,25 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
     const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(to.group)];
     for (const std::string& name : pair.slots) {
       const DType dtype = name == kValue ? to.value.dtype : slot_dtype(group, to.value.dtype);
-      transfers_.push_back({pair.saved, pair.here, name, dtype_of_name(from.slots.at(name).dtype),
-                            dtype, nullptr, name == kValue || to.find_slot(name) != nullptr});
+      const DType saved_dtype = dtype_from_name(from.slots.at(name).dtype, name);
+      const bool in_place = name == kValue || to.find_slot(name) != nullptr;
+      transfers_.push_back({pair.saved, pair.here, name, saved_dtype, dtype, in_place});
+    }
+    for (const Slot& slot : to.slots) {
+      const std::string name(slot.name);
+      if (!slot.bound || std::find(pair.slots.begin(), pair.slots.end(), name) != pair.slots.end())
+        continue;
+      transfers_.push_back({-1, pair.here, name, slot.dtype, slot.dtype, true});
     }
   }
+  // What can be taken back comes first.
+  std::stable_partition(transfers_.begin(), transfers_.end(),
+                        [](const Transfer& t) { return !t.in_place; });
 }
 
 void EngineLoader::verify_what_is_overwritten(StateSource& source) {
   for (const Transfer& t : transfers_) {
-    if (t.in_place) source.verify(t.saved, t.name);
+    if (t.in_place && t.saved >= 0) source.verify(t.saved, t.name);
   }
 }
 
@@ -287,16 +301,38 @@ void EngineLoader::make_room() {
     wanted[static_cast<std::size_t>(to.device)].push_back(
         {&to, {slot_name(t.name), t.to, nullptr, false}});
   }
+  growths_.reserve(wanted.size());
+  engine_.on_device([&] {
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+      DeviceRecord& device = *engine_.devices_[i];
+      growths_.push_back(device.store->grow(std::move(wanted[i]), stream_for(device)));
+    }
+    for (const auto& device : engine_.devices_) device->backend->begin_writing(stream_for(*device));
+  });
+}
+
+/// Over what is there only when all else has worked; until then it is taken back.
+void EngineLoader::make_room_and_transfer(StateSource& source) {
   try {
-    engine_.on_device([&] {
-      for (std::size_t i = 0; i < wanted.size(); ++i) {
-        DeviceRecord& device = *engine_.devices_[i];
-        growths_.push_back(device.store->grow(std::move(wanted[i]), stream_for(device)));
-      }
-    });
-  } catch (...) {
+    make_room();
+    transfer(source);
+  } catch (const std::exception& error) {
     give_room_back();
+    if (!overwriting_) throw;
+    end_use(error);
+    // These promise that nothing has changed.
+    const bool no_memory = dynamic_cast<const OutOfMemory*>(&error) != nullptr ||
+                           dynamic_cast<const std::bad_alloc*>(&error) != nullptr;
+    if (no_memory) engine_.refuse_if_broken();
     throw;
+  }
+}
+
+void EngineLoader::end_use(const std::exception& error) noexcept {
+  try {
+    engine_.broken_ = std::string("a load failed while it replaced state: ") + error.what();
+  } catch (const std::bad_alloc&) {
+    engine_.broken_ = "out of memory";  // short enough to need none
   }
 }
 
@@ -307,28 +343,50 @@ void EngineLoader::give_room_back() noexcept {
   }
 }
 
+std::byte* EngineLoader::memory_of(const Transfer& transfer) {
+  const ParameterRecord& to = record(transfer.here);
+  return static_cast<std::byte*>(transfer.name == kValue ? to.value.data
+                                                         : to.slot(transfer.name).data);
+}
+
 void EngineLoader::transfer(StateSource& source) {
   std::vector<std::byte> converted;
   for (const Transfer& t : transfers_) {
-    ParameterRecord& to = record(t.here);
-    auto* next = static_cast<std::byte*>(t.name == kValue ? to.value.data : to.slot(t.name).data);
+    if (t.from != t.to) {
+      converted.resize(std::max(converted.size(), kPieceBytes / size_of(t.from) * size_of(t.to)));
+    }
+  }
+  for (const Transfer& t : transfers_) {
+    std::byte* next = memory_of(t);
+    if (t.saved < 0) {
+      write(t, next, nullptr, static_cast<std::size_t>(record(t.here).size) * size_of(t.to));
+      continue;
+    }
     source.read(t.saved, t.name, [&](const void* data, std::size_t bytes) {
       if (t.from != t.to) {
-        convert(data, bytes, t.from, t.to, converted);
+        convert(data, bytes, t.from, t.to, converted.data());
         data = converted.data();
-        bytes = converted.size();
+        bytes = bytes / size_of(t.from) * size_of(t.to);
       }
-      overwriting_ = overwriting_ || t.in_place;
-      engine_.on_device([&] {
-        DeviceRecord& device = device_of(t.here);
-        device.backend->write(next, data, bytes, stream_for(device));
-      });
+      write(t, next, data, bytes);
       next += bytes;
     });
   }
 }
 
-void EngineLoader::commit(Metadata metadata) noexcept {
+/// `from` is null for zeros.
+void EngineLoader::write(const Transfer& transfer, std::byte* to, const void* from,
+                         std::size_t bytes) {
+  if (bytes == 0) return;
+  DeviceRecord& device = device_of(transfer.here);
+  overwriting_ = overwriting_ || transfer.in_place;
+  engine_.on_device([&] {
+    if (from == nullptr) return device.backend->clear(to, bytes, stream_for(device));
+    device.backend->write(to, from, bytes, stream_for(device));
+  });
+}
+
+void EngineLoader::commit(Metadata& metadata) noexcept {
   for (Settings& settings : settings_) {
     GroupRecord& group = engine_.groups_[static_cast<std::size_t>(settings.group)];
     group.hyper = settings.hyper;
@@ -339,14 +397,14 @@ void EngineLoader::commit(Metadata metadata) noexcept {
     ParameterRecord& to = record(parameter.here);
     to.frozen = parameter.frozen;
     to.kept.swap(parameter.kept);
-    // A slot that was not saved has no contents any more; its memory waits for the next step.
-    const auto was_taken = [&](const Slot& slot) {
-      return std::find(parameter.slots.begin(), parameter.slots.end(), slot.name) !=
-             parameter.slots.end();
+    // A slot that was not saved has no contents any more; its memory waits for the next step. The
+    // caller's stays in use and is zero.
+    const auto stays = [&](const Slot& slot) {
+      return slot.bound || std::find(parameter.slots.begin(), parameter.slots.end(), slot.name) !=
+                               parameter.slots.end();
     };
-    const auto dropped = std::stable_partition(to.slots.begin(), to.slots.end(), was_taken);
-    std::copy_if(dropped, to.slots.end(), std::back_inserter(to.spare_slots),
-                 [](const Slot& slot) { return !slot.bound; });
+    const auto dropped = std::stable_partition(to.slots.begin(), to.slots.end(), stays);
+    to.spare_slots.insert(to.spare_slots.end(), dropped, to.slots.end());
     to.slots.erase(dropped, to.slots.end());
   }
   for (std::size_t i = 0; i < given_states_.size(); ++i) {

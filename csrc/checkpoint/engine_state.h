@@ -47,11 +47,10 @@ class EngineLoader {
  private:
   /// One tensor on its way from the source to its place here.
   struct Transfer {
-    int saved, here;
+    int saved, here;  // saved: -1 for the caller's memory, which is cleared where nothing was saved
     std::string name;  // of the slot, or "value"
     DType from, to;
-    Slot* slot = nullptr;  // null: the value
-    bool in_place = false;
+    bool in_place;  // over something that is needed if the load fails
   };
   struct Settings {
     int group;
@@ -67,20 +66,25 @@ class EngineLoader {
     std::vector<std::string> slots;
   };
 
+  Match match_or_refuse(const StateSource& source, const Description& saved, bool by_position);
   Description renamed(const Description& saved) const;
   void read_settings(const Description& saved, const std::vector<int>& sources);
   void read_parameters(const Description& saved, const std::vector<Match::Pair>& pairs);
   void list_transfers(const Description& saved, const std::vector<Match::Pair>& pairs);
   void verify_what_is_overwritten(StateSource& source);
   void make_room();
+  void make_room_and_transfer(StateSource& source);
   void give_room_back() noexcept;
   void transfer(StateSource& source);
-  void commit(Metadata metadata) noexcept;
+  void write(const Transfer& transfer, std::byte* to, const void* from, std::size_t bytes);
+  void end_use(const std::exception& error) noexcept;
+  void commit(Metadata& metadata) noexcept;
 
   ParameterRecord& record(int index) {
     return engine_.parameters_[static_cast<std::size_t>(index)];
   }
   DeviceRecord& device_of(int index) { return engine_.device_of(record(index)); }
+  std::byte* memory_of(const Transfer& transfer);
   void* stream_for(const DeviceRecord& device) const {
     return stream_of(options_.streams, device.device);
   }

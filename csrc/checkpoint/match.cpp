@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <set>
 #include <unordered_map>
 
@@ -20,19 +21,34 @@ constexpr std::string_view kValue = "value";
 constexpr std::array<std::string_view, 4> kExecutionFlags = {"foreach", "fused", "capturable",
                                                              "differentiable"};
 
+constexpr std::array<std::string_view, 4> kConvertible = {"float32", "float64", "bfloat16",
+                                                          "float16"};
+
 bool is_one_of(const auto& names, std::string_view name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-/// Every slot that some variant of the rule has.
-std::set<std::string_view> slots_of_rule(std::string_view rule) {
-  std::set<std::string_view> names;
+struct SlotsOfRule {
+  std::set<std::string_view> some, every;  // of its variants have them
+};
+SlotsOfRule slots_of_rule(std::string_view rule) {
+  std::map<std::string_view, int> counts;
+  int variants = 0;
   Rules::for_each([&]<int kIndex, class R>() {
     if (R::Hyper::kRule != canonical_rule(rule)) return;
-    const SlotNames variant = rule_info(kIndex).slots;
-    names.insert(variant.begin(), variant.end());
+    ++variants;
+    for (const std::string_view name : rule_info(kIndex).slots) ++counts[name];
   });
-  return names;
+  SlotsOfRule slots;
+  for (const auto& [name, count] : counts) {
+    slots.some.insert(name);
+    if (count == variants) slots.every.insert(name);
+  }
+  return slots;
+}
+
+SlotNames slots_of_variant(std::string_view rule, const Json& hyper, const std::string& where) {
+  return rule_info(find_rule(hyper_from_json(rule, hyper, where))).slots;
 }
 
 /// That of the pairs complex numbers are stored as; otherwise the same.
@@ -45,6 +61,23 @@ std::string dtype_of_reals(const std::string& dtype) {
 std::string json_text(const Json& object, const std::string& key) {
   const auto found = object.find(key);
   return found == object.end() ? "" : found->dump();
+}
+
+/// Settings that one has and the other has not, or has with another value.
+std::set<std::string> differences(const Json& one, const Json& other) {
+  std::set<std::string> keys;
+  for (const auto& [key, value] : one.items()) keys.insert(key);
+  for (const auto& [key, value] : other.items()) keys.insert(key);
+  std::erase_if(keys, [&](const std::string& key) {
+    if (is_one_of(kExecutionFlags, key)) return true;
+    return one.contains(key) && other.contains(key) && one[key] == other[key];
+  });
+  return keys;
+}
+
+bool same_settings(const GroupDescription& one, const GroupDescription& other) {
+  return canonical_rule(one.rule) == canonical_rule(other.rule) &&
+         differences(one.hyper, other.hyper).empty();
 }
 
 class Matcher {
@@ -79,7 +112,9 @@ class Matcher {
     if (options_.by_position) return pair_by_position();
     std::unordered_map<std::string_view, int> positions;
     for (std::size_t i = 0; i < saved_.parameters.size(); ++i) {
-      positions.emplace(saved_.parameters[i].name, static_cast<int>(i));
+      const std::string& name = saved_.parameters[i].name;
+      if (positions.emplace(name, static_cast<int>(i)).second) continue;
+      throw InvalidArgument("there are two saved parameters named '" + name + "'");
     }
     std::vector<bool> known(saved_.parameters.size());
     for (std::size_t i = 0; i < here_.parameters.size(); ++i) {
@@ -125,7 +160,7 @@ class Matcher {
       const int group = saved(pair).group;
       if (from < 0) from = group;
       if (from == group || from == kSeveral) continue;
-      if (saved_group(from).hyper != saved_group(group).hyper) from = kSeveral;
+      if (!same_settings(saved_group(from), saved_group(group))) from = kSeveral;
     }
     for (int i = 0; i < static_cast<int>(here_.groups.size()); ++i) {
       int& from = result_.settings[static_cast<std::size_t>(i)];
@@ -155,22 +190,15 @@ class Matcher {
   }
 
   void compare_settings(const GroupDescription& group, const GroupDescription& source) {
-    std::set<std::string> keys;
-    for (const auto& [key, value] : group.hyper.items()) keys.insert(key);
-    for (const auto& [key, value] : source.hyper.items()) keys.insert(key);
-    for (const std::string& key : keys) {
-      if (is_one_of(kExecutionFlags, key)) continue;
+    for (const std::string& key : differences(source.hyper, group.hyper)) {
       const std::string was = json_text(source.hyper, key), is = json_text(group.hyper, key);
-      if (was == is || (!was.empty() && !is.empty() && source.hyper[key] == group.hyper[key])) {
-        continue;
-      }
       const bool taken = options_.what != LoadWhat::kState && !was.empty();
       result_.report.hyper.push_back({group.name, key, was, is, taken});
     }
   }
 
-  /// All of a parameter's state, or nothing of it where something does not fit. A slot too many is
-  /// passed over, one too few starts at zero.
+  /// All of a parameter's state, or nothing of it where something does not fit. A slot no variant
+  /// of the rule has is passed over, one that is missing starts at zero.
   void take_state(Match::Pair& pair) {
     const ParameterDescription& from = saved(pair);
     const ParameterDescription& to = here(pair);
@@ -182,18 +210,20 @@ class Matcher {
       }
       return;
     }
-    if (from.value.shape != to.value.shape) {
+    // A file of another program may have nothing but a step count.
+    const bool has_shape = !from.value.dtype.empty();
+    if (has_shape && from.value.shape != to.value.shape) {
       report(to.name, "shape", to_string(from.value.shape), to_string(to.value.shape));
       return;
     }
     const std::size_t before = result_.report.mismatched.size();
-    const std::set<std::string_view> known = slots_of_rule(group.rule);
+    const SlotsOfRule known = slots_of_rule(group.rule);
     for (const auto& [name, slot] : from.slots) {
       const std::string text = to.name + "/" + name;
       if (name == kValue) {
         if (!options_.values) continue;
         check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
-      } else if (known.count(name) != 0) {
+      } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
       } else {
         result_.report.unexpected.push_back(text);
@@ -201,7 +231,7 @@ class Matcher {
       }
       pair.slots.push_back(name);
     }
-    report_missing_slots(from, to, group);
+    report_missing_slots(from, to, known.every);
     if (result_.report.mismatched.size() != before) return;
     result_.report.loaded.push_back(to.name);
     result_.parameters.push_back(std::move(pair));
@@ -214,24 +244,36 @@ class Matcher {
       report(text, "shape", to_string(slot.shape), to_string(shape));
     } else if (is_one_of(dtypes, slot.dtype)) {
       return;
-    } else if (options_.convert) {
+    } else if (options_.convert && is_one_of(kConvertible, slot.dtype)) {
       result_.report.converted.push_back(text);
     } else {
       report(text, "dtype", slot.dtype, dtypes.empty() ? "none" : dtypes.front());
     }
   }
 
-  /// One that has stepped has every slot its variant steps with.
+  /// Of the slots it is stepped with here, those that were not there although they are needed: a
+  /// variant that was switched on just before the save had no slot yet, and misses none.
   void report_missing_slots(const ParameterDescription& from, const ParameterDescription& to,
-                            const GroupDescription& group) {
-    const auto is_slot = [](const auto& slot) { return slot.first != kValue; };
-    if (std::none_of(from.slots.begin(), from.slots.end(), is_slot)) return;
+                            const std::set<std::string_view>& always) {
+    const GroupDescription& group = group_here(to.group);
+    const GroupDescription& source = saved_group(from.group);
     const int settings = result_.settings[static_cast<std::size_t>(to.group)];
-    const Hyper hyper =
-        hyper_from_json(group.rule, settings < 0 ? group.hyper : saved_group(settings).hyper);
-    for (const std::string_view name : rule_info(find_rule(hyper)).slots) {
+    const GroupDescription& then = settings < 0 ? group : saved_group(settings);
+    SlotNames had;
+    if (!source.rule.empty()) {
+      had = slots_of_variant(source.rule, source.hyper,
+                             "settings saved of group '" + source.name + "'");
+    }
+    const auto is_slot = [](const auto& slot) { return slot.first != kValue; };
+    const bool has_any = std::any_of(from.slots.begin(), from.slots.end(), is_slot);
+    const bool has_stepped = from.step.value_or(0) > 0;
+    for (const std::string_view name :
+         slots_of_variant(group.rule, then.hyper, "settings saved of group '" + then.name + "'")) {
       const std::string key(name);
-      if (from.slots.count(key) == 0) result_.report.missing.push_back(to.name + "/" + key);
+      if (from.slots.count(key) != 0) continue;
+      const bool stepped_without = has_stepped && !is_one_of(had, name);
+      const bool lost = has_any && always.count(name) != 0 && (has_stepped || source.rule.empty());
+      if (stepped_without || lost) result_.report.missing.push_back(to.name + "/" + key);
     }
   }
 

@@ -23,6 +23,7 @@ class Snapshot final : public StateSource {
       for (const auto& [name, slot] : description_.parameters[i].slots) {
         const int parameter = static_cast<int>(i);
         std::vector<std::byte>& copy = contents_[{parameter, name}];
+        copy.reserve(bytes_of(dtype_from_name(slot.dtype, name), slot.shape, name));
         source.read(parameter, name, [&](const void* data, std::size_t bytes) {
           const auto* first = static_cast<const std::byte*>(data);
           copy.insert(copy.end(), first, first + bytes);

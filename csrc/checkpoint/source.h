@@ -7,10 +7,12 @@
 
 #include <cstddef>
 #include <functional>
+#include <new>
 #include <string>
 
 #include "checkpoint/description.h"
 #include "fusestep/detail/backend.h"
+#include "fusestep/error.h"
 #include "fusestep/state_dict.h"
 
 namespace fusestep::detail {
@@ -22,6 +24,16 @@ inline constexpr std::size_t kPieceBytes = kReadBytes;
 /// The next bytes of a tensor.
 using TakePiece = std::function<void(const void* data, std::size_t bytes)>;
 
+/// Without memory in this process `work` ends as without memory on a device.
+template <class F>
+auto with_host_memory(F&& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("no memory on the host for state");
+  }
+}
+
 class StateSource {
  public:
   virtual ~StateSource() = default;
@@ -32,6 +44,10 @@ class StateSource {
   virtual void read(int parameter, const std::string& slot, const TakePiece& take) = 0;
   /// Throws what read() would throw.
   virtual void verify(int parameter, const std::string& slot) = 0;
+  /// Throws: something is wrong with what the description says.
+  [[noreturn]] virtual void refuse(const std::string& problem) const {
+    throw InvalidArgument(problem);
+  }
 };
 
 }  // namespace fusestep::detail

@@ -2,7 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoint/state_file.h"
 
+#include <algorithm>
 #include <array>
+#include <optional>
+#include <set>
 
 #include "fusestep/error.h"
 
@@ -45,13 +48,40 @@ std::string torch_dtype(const std::string& file) {
   return file;
 }
 
-bool is_step_of_plain_file(const TensorInfo& tensor, const std::string& slot) {
-  std::int64_t elements = 1;
-  for (const std::int64_t extent : tensor.shape) elements *= extent;
-  return slot == "step" && elements == 1;
+/// `<parameter>/<slot>`
+struct TensorName {
+  std::string parameter, slot;
+};
+std::optional<TensorName> split(const std::string& name) {
+  const std::size_t end = name.rfind('/');
+  if (end == std::string::npos) return {};
+  return TensorName{unescape_name(name.substr(0, end)), unescape_name(name.substr(end + 1))};
 }
 
-bool is_ours(const Metadata& metadata) { return metadata.count("fusestep.version") != 0; }
+bool is_step_of_plain_file(const TensorInfo& tensor, const std::string& slot) {
+  const auto is_one = [](std::int64_t extent) { return extent == 1; };
+  return slot == "step" && std::all_of(tensor.shape.begin(), tensor.shape.end(), is_one);
+}
+
+void check_utf8(const std::string& name, const std::string& what) {
+  try {
+    static_cast<void>(Json(name).dump());
+  } catch (const Json::exception&) {
+    const std::string shown = Json(name).dump(-1, ' ', true, Json::error_handler_t::replace);
+    throw InvalidArgument(what + " " + shown + " cannot be saved: it must be valid UTF-8");
+  }
+}
+
+/// What a file cannot have.
+void check_names(const Description& description) {
+  for (const GroupDescription& group : description.groups) check_utf8(group.name, "group");
+  std::set<std::string_view> names;
+  for (const ParameterDescription& parameter : description.parameters) {
+    check_utf8(parameter.name, "parameter");
+    if (names.insert(parameter.name).second) continue;
+    throw InvalidArgument("there are two parameters named '" + parameter.name + "'");
+  }
+}
 
 }  // namespace
 
@@ -98,8 +128,8 @@ void check_user_metadata(const Metadata& metadata) {
 // ---- reading ------------------------------------------------------------------------------------
 
 StateFileReader::StateFileReader(const std::filesystem::path& path)
-    : path_(path.string()), file_(path), metadata_(file_.metadata()) {
-  if (is_ours(metadata_)) {
+    : path_(path), file_(path), metadata_(file_.metadata()) {
+  if (file_.has_checksums()) {
     describe_by_metadata();
   } else {
     describe_by_names();
@@ -113,13 +143,11 @@ StateFileReader::StateFileReader(const std::filesystem::path& path)
 
 void StateFileReader::describe_by_metadata() {
   const auto groups = metadata_.find(kGroups);
-  if (groups == metadata_.end()) {
-    throw FileError(path_ + ": the metadata '" + kGroups + "' is missing");
-  }
+  if (groups == metadata_.end()) refuse("the metadata '" + std::string(kGroups) + "' is missing");
   try {
-    description_ = description_from_json(parse_json(groups->second, kGroups));
+    description_ = description_from_json(parse_json(groups->second, kGroups), false);
   } catch (const InvalidArgument& error) {
-    throw FileError(path_ + ": " + error.what());
+    refuse(error.what());
   }
 }
 
@@ -129,25 +157,21 @@ void StateFileReader::describe_by_names() {
   std::map<std::string, std::size_t> known;
   for (std::size_t i = 0; i < file_.tensors().size(); ++i) {
     const TensorInfo& tensor = file_.tensors()[i];
-    const std::size_t end = tensor.name.rfind('/');
-    if (end == std::string::npos) continue;
-    const std::string slot = tensor.name.substr(end + 1);
-    const std::string name = unescape_name(tensor.name.substr(0, end));
-    const auto [found, is_new] = known.emplace(name, description_.parameters.size());
+    const std::optional<TensorName> name = split(tensor.name);
+    if (!name) continue;
+    const auto [found, is_new] = known.emplace(name->parameter, description_.parameters.size());
     if (is_new) {
       description_.parameters.emplace_back();
-      description_.parameters.back().name = name;
+      description_.parameters.back().name = name->parameter;
     }
     ParameterDescription& parameter = description_.parameters[found->second];
-    if (is_step_of_plain_file(tensor, slot)) {
-      parameter.step = read_number(i);
-    } else if (parameter.value.dtype.empty() || slot == "value") {
+    if (is_step_of_plain_file(tensor, name->slot)) {
+      parameter.step = read_step(i);
+    } else if (parameter.value.dtype.empty() || name->slot == "value") {
       parameter.value = {torch_dtype(tensor.dtype), tensor.shape};
     }
   }
-  if (description_.parameters.empty()) {
-    throw FileError(path_ + ": no tensor is named '<parameter>/<slot>'");
-  }
+  if (description_.parameters.empty()) refuse("no tensor is named '<parameter>/<slot>'");
   description_.groups.push_back({});
 }
 
@@ -156,37 +180,44 @@ void StateFileReader::add_slots() {
   for (std::size_t i = 0; i < description_.parameters.size(); ++i) {
     positions.emplace(description_.parameters[i].name, static_cast<int>(i));
   }
-  const bool ours = is_ours(metadata_);
+  const bool ours = file_.has_checksums();
   for (std::size_t i = 0; i < file_.tensors().size(); ++i) {
     const TensorInfo& tensor = file_.tensors()[i];
-    const std::size_t end = tensor.name.rfind('/');
-    const auto found = end == std::string::npos
-                           ? positions.end()
-                           : positions.find(unescape_name(tensor.name.substr(0, end)));
+    const std::optional<TensorName> name = split(tensor.name);
+    const auto found = name ? positions.find(name->parameter) : positions.end();
     if (found == positions.end()) {
       if (!ours) continue;
-      throw FileError(path_ + ": tensor '" + tensor.name + "' belongs to no parameter");
+      refuse("tensor '" + tensor.name + "' belongs to no parameter");
     }
-    const std::string slot = tensor.name.substr(end + 1);
-    if (!ours && is_step_of_plain_file(tensor, slot)) continue;
-    description_.parameters[static_cast<std::size_t>(found->second)].slots[slot] = {
+    if (!ours && is_step_of_plain_file(tensor, name->slot)) continue;
+    if (!tensors_.emplace(std::pair(found->second, name->slot), i).second) {
+      refuse("tensor '" + tensor.name + "' is there twice, once with other escapes in its name");
+    }
+    description_.parameters[static_cast<std::size_t>(found->second)].slots[name->slot] = {
         torch_dtype(tensor.dtype), tensor.shape};
-    tensors_[{found->second, slot}] = i;
   }
 }
 
-double StateFileReader::read_number(std::size_t tensor) {
+std::int64_t StateFileReader::read_step(std::size_t tensor) {
   const TensorInfo& info = file_.tensors()[tensor];
-  const auto number = [&]<class T>(T value) {
+  const std::string where = "tensor '" + info.name + "'";
+  const auto step = [&]<class T>(T value) {
     file_.read(tensor, 0, &value, sizeof value);
-    return static_cast<double>(value);
+    return step_from_number(static_cast<double>(value), where);
   };
-  if (info.dtype == "F32") return number(0.0f);
-  if (info.dtype == "F64") return number(0.0);
-  if (info.dtype == "I64") return number(std::int64_t{0});
-  if (info.dtype == "I32") return number(std::int32_t{0});
-  throw FileError(path_ + ": tensor '" + info.name + "' must be of F32, F64, I64 or I32, got " +
-                  info.dtype);
+  try {
+    if (info.dtype == "F32") return step(0.0f);
+    if (info.dtype == "F64") return step(0.0);
+    if (info.dtype == "I64") return step(std::int64_t{0});
+    if (info.dtype == "I32") return step(std::int32_t{0});
+  } catch (const InvalidArgument& error) {
+    refuse(error.what());
+  }
+  refuse(where + " must be of F32, F64, I64 or I32, got " + info.dtype);
+}
+
+void StateFileReader::refuse(const std::string& problem) const {
+  throw FileError(where(path_) + ": " + problem);
 }
 
 std::size_t StateFileReader::tensor(int parameter, const std::string& slot) const {
@@ -213,17 +244,18 @@ StateFileWriter::StateFileWriter(const std::filesystem::path& path, Contents con
 
 StateFileWriter::Contents StateFileWriter::contents(const Description& description,
                                                     const Metadata& metadata) {
+  check_names(description);
   Contents contents;
   contents.metadata = metadata;
   try {
     contents.metadata[kGroups] = to_json(description, false).dump();
   } catch (const Json::exception&) {
-    throw InvalidArgument("names and settings in a file must be valid UTF-8");
+    throw InvalidArgument("settings in a file must be valid UTF-8");
   }
   for (std::size_t i = 0; i < description.parameters.size(); ++i) {
     const ParameterDescription& parameter = description.parameters[i];
     for (const auto& [slot, tensor] : parameter.slots) {
-      const std::string name = escape_name(parameter.name) + "/" + slot;
+      const std::string name = escape_name(parameter.name) + "/" + escape_name(slot);
       contents.positions[{static_cast<int>(i), slot}] = contents.tensors.size();
       contents.tensors.push_back({name, file_dtype(tensor.dtype, name), tensor.shape, 0, 0});
     }

@@ -24,15 +24,16 @@ class StateFileReader final : public StateSource {
   const Metadata& metadata() const override { return metadata_; }
   void read(int parameter, const std::string& slot, const TakePiece& take) override;
   void verify(int parameter, const std::string& slot) override;
+  [[noreturn]] void refuse(const std::string& problem) const override;
 
  private:
   void describe_by_metadata();
   void describe_by_names();
   void add_slots();
-  double read_number(std::size_t tensor);
+  std::int64_t read_step(std::size_t tensor);
   std::size_t tensor(int parameter, const std::string& slot) const;
 
-  std::string path_;
+  std::filesystem::path path_;
   SafetensorsReader file_;
   Description description_;
   Metadata metadata_;  // without what the description was made from
@@ -66,8 +67,8 @@ void write_file(StateSource& source, const Metadata& more, const std::filesystem
 /// Keys that begin with "fusestep." are not the user's: throws InvalidArgument.
 void check_user_metadata(const Metadata& metadata);
 
-/// '%', '/' and control characters as %XX, so that the last '/' of a tensor's name ends the
-/// parameter's.
+/// '%', '/' and control characters as %XX, so that a tensor's name has one '/': between parameter
+/// and slot.
 std::string escape_name(std::string_view name);
 std::string unescape_name(std::string_view escaped);
 

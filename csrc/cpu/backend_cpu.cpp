@@ -109,6 +109,7 @@ class CpuBackend final : public Backend {
   Control read_control() override { return control_; }
   const void* read(const void* from, std::size_t, void*) override { return from; }
   void end_reading() noexcept override {}
+  void begin_writing(void*) override {}
   void write(void* to, const void* from, std::size_t bytes, void*) override {
     std::memcpy(to, from, bytes);
   }

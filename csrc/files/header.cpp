@@ -88,8 +88,8 @@ std::string checksums_text(const std::filesystem::path& file,
                            const std::vector<std::uint32_t>& checksums) {
   std::string text = "{";
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    text += (i == 0 ? "" : ",") + json_string(file, tensors[i].name) + ":\"" + hex(checksums[i]);
-    text += '"';
+    if (i > 0) text += ',';
+    text += json_string(file, tensors[i].name) + ":\"" + hex(checksums[i]) + '"';
   }
   return text + "}";
 }
@@ -97,7 +97,8 @@ std::string checksums_text(const std::filesystem::path& file,
 std::string tensor_text(const TensorInfo& tensor) {
   std::string text = R"({"dtype":")" + tensor.dtype + R"(","shape":[)";
   for (std::size_t i = 0; i < tensor.shape.size(); ++i) {
-    text += (i == 0 ? "" : ",") + std::to_string(tensor.shape[i]);
+    if (i > 0) text += ',';
+    text += std::to_string(tensor.shape[i]);
   }
   return text + R"(],"data_offsets":[)" + std::to_string(tensor.begin) + "," +
          std::to_string(tensor.end) + "]}";
@@ -121,11 +122,13 @@ std::string header_bytes(const std::filesystem::path& file, const Metadata& meta
   all[std::string(kVersionKey)] = kVersion;
   all[std::string(kChecksumsKey)] = checksums_text(file, tensors, checksums);
   for (const auto& [key, value] : all) {
-    text += "," + json_string(file, key) + ":" + json_string(file, value);
+    text += ',';
+    text += json_string(file, key) + ':' + json_string(file, value);
   }
   text += "}";
   for (const TensorInfo& tensor : tensors) {
-    text += "," + json_string(file, tensor.name) + ":" + tensor_text(tensor);
+    text += ',';
+    text += json_string(file, tensor.name) + ':' + tensor_text(tensor);
   }
   text += "}";
   text.append((kDataAlignment - (kLengthBytes + text.size()) % kDataAlignment) % kDataAlignment,
@@ -172,7 +175,10 @@ class StrictEvents : public nlohmann::json_sax<Json> {
   virtual bool refuse(const std::string& problem) = 0;
 };
 
+/// The parser would take a zero for the end of the text.
 void parse_strictly(std::string_view text, StrictEvents& events) {
+  const std::size_t zero = text.find('\0');
+  if (zero != std::string_view::npos) events.refuse_byte(zero + 1);
   Json::sax_parse(text.begin(), text.end(), &events, nlohmann::detail::input_format_t::json);
 }
 
@@ -355,11 +361,9 @@ std::optional<std::uint32_t> parse_hex(std::string_view digits) {
 }  // namespace
 
 ParsedHeader parse_header(const std::filesystem::path& file, std::string_view text) {
-  // The parser would skip a byte order mark, and take a zero for the end of the text.
+  // The parser would skip a byte order mark.
   if (!text.starts_with('{')) throw FileError(where(file) + ": its header does not begin with '{'");
   HeaderEvents events(file);
-  const std::size_t zero = text.find('\0');
-  if (zero != std::string_view::npos) events.refuse_byte(zero + 1);
   parse_strictly(text, events);
   return events.take();
 }

@@ -107,7 +107,7 @@ void SafetensorsReader::check_layout() const {
     if (!size.problem.empty()) throw FileError(where(path_, tensor.name) + ": " + size.problem);
     if (tensor.begin != end) {
       throw FileError(where(path_, tensor.name) + ": " + offsets_text(tensor) + ", but the data " +
-                      (tensor.begin < end ? "of another tensor ends at " : "before it end at ") +
+                      (tensor.begin < end ? "of another tensor end at " : "before it end at ") +
                       std::to_string(end));
     }
     if (tensor.end < tensor.begin || tensor.bytes() != size.bytes) {
@@ -177,7 +177,7 @@ void SafetensorsReader::read_all(std::size_t tensor, void* out, std::size_t byte
   }
   std::uint32_t crc = 0;
   for (std::size_t done = 0; done < bytes;) {
-    const std::size_t piece = std::min(bytes - done, kPieceBytes);
+    const std::size_t piece = std::min(bytes - done, kFilePieceBytes);
     char* to = static_cast<char*>(out) + done;
     read_at(data_begin_ + read.begin + done, to, piece);
     crc = crc32c(crc, to, piece);
@@ -190,7 +190,7 @@ void SafetensorsReader::read_all(
     std::size_t tensor,
     const std::function<void(const void* piece, std::size_t bytes)>& take) const {
   const TensorInfo& read = info(tensor);
-  const std::size_t room = std::min<std::uint64_t>(read.bytes(), kPieceBytes);
+  const std::size_t room = std::min<std::uint64_t>(read.bytes(), kFilePieceBytes);
   const std::unique_ptr<char[]> piece(new char[room]);
   std::uint32_t crc = 0;
   for (std::uint64_t done = 0; done < read.bytes();) {

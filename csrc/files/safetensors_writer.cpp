@@ -93,7 +93,7 @@ void SafetensorsWriter::write(std::size_t tensor, const void* data, std::size_t 
   }
   const auto* from = static_cast<const char*>(data);
   while (bytes > 0) {
-    const std::size_t piece = std::min(bytes, kPieceBytes);
+    const std::size_t piece = std::min(bytes, kFilePieceBytes);
     progress.crc = crc32c(progress.crc, from, piece);
     file_->write_at(data_begin_ + info.begin + progress.written, from, piece);
     progress.written += piece;

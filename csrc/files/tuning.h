@@ -9,7 +9,7 @@
 namespace fusestep::detail {
 
 /// Data is checksummed and moved in pieces of this size: the second of the two finds it in cache.
-inline constexpr std::size_t kPieceBytes = std::size_t{256} << 10;
+inline constexpr std::size_t kFilePieceBytes = std::size_t{256} << 10;
 
 /// Bytes of each of the three streams of a CRC. Long ones hide what joining them costs; short ones
 /// serve what is left.

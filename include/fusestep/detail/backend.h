@@ -68,6 +68,8 @@ class Backend {
   virtual const void* read(const void* from, std::size_t bytes, void* stream) = 0;
   /// What read() has allocated is given back.
   virtual void end_reading() noexcept = 0;
+  /// What write() needs of memory is there afterwards. Throws OutOfMemory.
+  virtual void begin_writing(void* stream) = 0;
   /// `from` is the host's, and may be reused when this returns.
   virtual void write(void* to, const void* from, std::size_t bytes, void* stream) = 0;
   virtual void clear(void* data, std::size_t bytes, void* stream) = 0;

@@ -1,0 +1,203 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Saving and loading through the file layer beside what the disk does in the same run: sequential
+// writes of one buffer followed by one fsync, and sequential reads, of as many bytes. They
+// alternate; the medians of the times are compared. Before every read the file is dropped from the
+// page cache as far as a program may do that for a file of its own (posix_fadvise).
+//
+//   bench_files [--gigabytes=1] [--repeats=5] [--directory=beside the program]
+//               [Google Benchmark's own options]
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <system_error>
+
+#include "files/crc32c.h"
+#include "files/safetensors.h"
+#include "options.h"
+
+namespace fusestep::bench {
+namespace {
+
+constexpr std::size_t kTensorBytes = std::size_t{64} << 20;
+constexpr std::size_t kCallBytes = std::size_t{1} << 20;  // of the plain reads and writes
+
+[[noreturn]] void fail(const std::filesystem::path& file) {
+  throw std::system_error(errno, std::generic_category(), file.string());
+}
+
+double seconds(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+/// One tensor's data, written again and again under different names.
+const std::vector<char>& tensor_data() {
+  static const std::vector<char> data = [] {
+    std::vector<char> bytes(kTensorBytes);
+    std::mt19937_64 random(1);
+    for (std::size_t i = 0; i < bytes.size(); i += 8) {
+      const std::uint64_t word = random();
+      std::memcpy(bytes.data() + i, &word, 8);
+    }
+    return bytes;
+  }();
+  return data;
+}
+
+void drop_from_cache(const std::filesystem::path& file) {
+#if defined(POSIX_FADV_DONTNEED)
+  const int descriptor = open(file.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail(file);
+  posix_fadvise(descriptor, 0, 0, POSIX_FADV_DONTNEED);
+  close(descriptor);
+#else
+  static_cast<void>(file);
+#endif
+}
+
+void write_plain(const std::filesystem::path& file, int tensors) {
+  std::filesystem::remove(file);
+  const int descriptor = open(file.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (descriptor < 0) fail(file);
+  for (int i = 0; i < tensors; ++i) {
+    for (std::size_t done = 0; done < kTensorBytes;) {
+      const ssize_t written = write(descriptor, tensor_data().data() + done, kCallBytes);
+      if (written < 0) fail(file);
+      done += static_cast<std::size_t>(written);
+    }
+  }
+  if (fsync(descriptor) != 0) fail(file);
+  close(descriptor);
+}
+
+void read_plain(const std::filesystem::path& file, std::vector<char>& into) {
+  const int descriptor = open(file.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail(file);
+  for (std::size_t done = 0;;) {
+    const ssize_t got = read(descriptor, into.data() + done % kTensorBytes, kCallBytes);
+    if (got < 0) fail(file);
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  close(descriptor);
+}
+
+void save(const std::filesystem::path& file, int tensors) {
+  std::filesystem::remove(file);
+  std::vector<detail::TensorInfo> infos;
+  for (int i = 0; i < tensors; ++i) {
+    infos.push_back({"tensor" + std::to_string(i), "F32", {kTensorBytes / 4}});
+  }
+  detail::SafetensorsWriter writer(file, {}, infos);
+  for (std::size_t i = 0; i < infos.size(); ++i) {
+    writer.write(i, tensor_data().data(), kTensorBytes);
+  }
+  writer.commit();
+}
+
+void load(const std::filesystem::path& file, std::vector<char>& into) {
+  const detail::SafetensorsReader reader(file);
+  for (std::size_t i = 0; i < reader.tensors().size(); ++i) {
+    reader.read_all(i, into.data(), into.size());
+  }
+}
+
+/// Removes what it names.
+struct File {
+  std::filesystem::path path;
+  ~File() {
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+  }
+};
+
+void report(benchmark::State& state, const std::vector<double>& ours,
+            const std::vector<double>& plain, double bytes) {
+  state.SetIterationTime(median(ours));
+  state.counters["GBps"] = bytes / median(ours) * 1e-9;
+  state.counters["plain_GBps"] = bytes / median(plain) * 1e-9;
+  state.counters["of_plain"] = median(plain) / median(ours);
+}
+
+void write_benchmark(benchmark::State& state, const std::filesystem::path& directory, int tensors,
+                     int repeats) {
+  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
+  for (auto _ : state) {
+    std::vector<double> our_times, plain_times;
+    for (int i = 0; i < repeats; ++i) {
+      plain_times.push_back(seconds([&] { write_plain(plain.path, tensors); }));
+      our_times.push_back(seconds([&] { save(ours.path, tensors); }));
+    }
+    report(state, our_times, plain_times, static_cast<double>(kTensorBytes) * tensors);
+  }
+}
+
+void read_benchmark(benchmark::State& state, const std::filesystem::path& directory, int tensors,
+                    int repeats, bool cached) {
+  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
+  write_plain(plain.path, tensors);
+  save(ours.path, tensors);
+  std::vector<char> into(kTensorBytes);
+  const auto measure = [&](const File& file, const auto& read) {
+    if (!cached) drop_from_cache(file.path);
+    return seconds([&] { read(file.path, into); });
+  };
+  for (auto _ : state) {
+    std::vector<double> our_times, plain_times;
+    for (int i = 0; i < repeats; ++i) {
+      plain_times.push_back(measure(plain, read_plain));
+      our_times.push_back(measure(ours, load));
+    }
+    report(state, our_times, plain_times, static_cast<double>(kTensorBytes) * tensors);
+  }
+}
+
+void crc_benchmark(benchmark::State& state, bool portable, std::size_t bytes) {
+  for (auto _ : state) {
+    benchmark::DoNotOptimize(
+        (portable ? detail::crc32c_portable : detail::crc32c)(0, tensor_data().data(), bytes));
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes));
+}
+
+}  // namespace
+}  // namespace fusestep::bench
+
+int main(int argc, char** argv) {
+  using namespace fusestep::bench;
+  const std::string here = std::filesystem::path(argv[0]).parent_path().string();
+  const std::string directory = option(argc, argv, "directory", here.empty() ? "." : here).front();
+  const double gigabytes = std::stod(option(argc, argv, "gigabytes", "1").front());
+  const int repeats = std::stoi(option(argc, argv, "repeats", "5").front());
+  const int tensors = std::max(1, static_cast<int>(gigabytes * 1e9 / kTensorBytes + 0.5));
+  run_once("write", [=](auto& state) { write_benchmark(state, directory, tensors, repeats); });
+  run_once("read", [=](auto& state) { read_benchmark(state, directory, tensors, repeats, false); });
+  run_once("read_cached",
+           [=](auto& state) { read_benchmark(state, directory, tensors, repeats, true); });
+  for (const bool portable : {false, true}) {
+    for (const auto& [name, bytes] :
+         {std::pair("256KiB", std::size_t{256} << 10), std::pair("64MiB", kTensorBytes)}) {
+      const std::string full = std::string("crc32c") + (portable ? "_portable/" : "/") + name;
+      benchmark::RegisterBenchmark(full.c_str(), crc_benchmark, portable, bytes);
+    }
+  }
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  benchmark::AddCustomContext("compiler", __VERSION__);
+  benchmark::AddCustomContext("directory", directory);
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}

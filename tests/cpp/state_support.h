@@ -1,0 +1,161 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Models whose parameters are known by their names: the same numbers whatever group they are in.
+#pragma once
+
+#include <deque>
+#include <filesystem>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "checkpoint/dict.h"
+#include "support.h"
+
+namespace fusestep::test {
+
+struct ParameterSpec {
+  std::string name;
+  std::vector<std::int64_t> shape = {3};
+  DType dtype = DType::kFloat32;
+};
+
+struct StateGroupSpec {
+  std::string name;
+  Hyper hyper;
+  std::vector<ParameterSpec> parameters;
+  SlotDType slots = SlotDType::kFloat32;
+};
+
+using ModelSpec = std::vector<StateGroupSpec>;
+
+inline std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
+  return TensorView{nullptr, DType::kFloat32, shape, {}, true}.size();
+}
+
+/// Empty, or the first place where two texts differ.
+inline std::string difference(const std::string& one, const std::string& other) {
+  if (one == other) return "";
+  const auto place = std::mismatch(one.begin(), one.end(), other.begin(), other.end()).first;
+  const std::size_t at = static_cast<std::size_t>(place - one.begin());
+  const auto excerpt = [&](const std::string& text) {
+    std::string shown = text.substr(at < 60 ? 0 : at - 60, 100);
+    for (char& c : shown) c = c >= ' ' && c < 0x7f ? c : '.';
+    return shown;
+  };
+  return "at " + std::to_string(at) + ": " + excerpt(one) + "\n" + excerpt(other);
+}
+
+/// All of a StateDict as text and bytes.
+inline std::string text_of(const StateDict& state) {
+  std::string text = detail::to_json(detail::DictSource(state).description(), true).dump();
+  for (const ParameterState& parameter : state.state) {
+    for (const auto& [name, slot] : parameter.slots) {
+      text += '\n' + parameter.name + '/' + name + ' ' +
+              canonical(slot.data.data(), slot.dtype, elements_of(slot.shape));
+    }
+  }
+  for (const auto& [key, value] : state.metadata) text += '\n' + key + '=' + value;
+  return text;
+}
+
+class Model {
+ public:
+  explicit Model(const ModelSpec& groups) {
+    for (const StateGroupSpec& group : groups) {
+      std::vector<Parameter> parameters;
+      for (const ParameterSpec& spec : group.parameters) {
+        Tensor& tensor = tensors_.emplace_back(spec);
+        tensor.value.fill_numbers(fnv(spec.name));
+        tensor.grad.fill_numbers(fnv(spec.name) + 1);
+        parameters.push_back(
+            {spec.name, tensor.value.view(spec.shape), tensor.grad.view(spec.shape)});
+      }
+      optimizer.add_group(group.name, group.hyper, std::move(parameters), {group.slots});
+    }
+  }
+
+  /// One step with gradients that follow from names and `number`.
+  void step(std::uint64_t number, const StepOptions& options = {}) {
+    for (Tensor& tensor : tensors_) tensor.grad.fill_numbers(fnv(tensor.spec.name) + 2 + number);
+    optimizer.step(options);
+  }
+  void steps(std::uint64_t first, std::uint64_t count) {
+    for (std::uint64_t i = 0; i < count; ++i) step(first + i);
+  }
+  void copy_values(Model& from) {
+    for (Tensor& tensor : tensors_) {
+      for (Tensor& other : from.tensors_) {
+        if (other.spec.name != tensor.spec.name) continue;
+        std::memcpy(tensor.value.data(), other.value.data(), tensor.value.bytes());
+      }
+    }
+  }
+  /// State and values: what the next steps follow from.
+  std::string state() {
+    std::string all = text_of(optimizer.state_dict());
+    for (const Tensor& tensor : tensors_) all += '\n' + tensor.spec.name + canonical(tensor.value);
+    return all;
+  }
+  /// All that can be seen of it, down to slots that no step has filled.
+  std::string everything() {
+    std::string all = state() + '\n' + snapshot(optimizer);
+    for (const auto& [slot, bytes] : optimizer.memory_report()) {
+      all += '\n' + slot + ' ' + std::to_string(bytes);
+    }
+    return all;
+  }
+  bool guards_intact() const {
+    return std::all_of(tensors_.begin(), tensors_.end(), [](const Tensor& tensor) {
+      return tensor.value.guards_intact() && tensor.grad.guards_intact();
+    });
+  }
+
+  Optimizer optimizer;
+
+ private:
+  struct Tensor {
+    explicit Tensor(const ParameterSpec& s)
+        : spec(s), value(s.dtype, elements_of(s.shape)), grad(s.dtype, elements_of(s.shape)) {}
+    ParameterSpec spec;
+    Array value, grad;
+  };
+  std::deque<Tensor> tensors_;
+};
+
+/// A directory that is gone afterwards.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::random_device random;
+    // Where writing to the disk takes no time, if there is such a place.
+    const std::filesystem::path in_memory = "/dev/shm";
+    path_ =
+        (std::filesystem::exists(in_memory) ? in_memory : std::filesystem::temp_directory_path()) /
+        ("fusestep_state_" + std::to_string(random()) + std::to_string(random()));
+    std::filesystem::create_directory(path_);
+  }
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+  /// What is in it.
+  std::set<std::string> names() const {
+    std::set<std::string> found;
+    for (const auto& entry : std::filesystem::directory_iterator(path_)) {
+      found.insert(entry.path().filename().string());
+    }
+    return found;
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+}  // namespace fusestep::test
