@@ -101,11 +101,7 @@ void check_settings(const detail::Description& saved) {
   for (const detail::GroupDescription& group : saved.groups) {
     Hyper hyper;
     if (!detail::default_hyper(group.rule, hyper)) continue;
-    try {
-      detail::hyper_from_json(group.rule, group.hyper);
-    } catch (const InvalidArgument& error) {
-      throw InvalidArgument("group '" + group.name + "': " + error.what());
-    }
+    detail::hyper_from_json(group.rule, group.hyper, "group '" + group.name + "'");
   }
 }
 

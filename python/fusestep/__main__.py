@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (_core.Error, ImportError) as error:
-        print(f"python -m fusestep {options.command}: {_one_line(error)}", file=sys.stderr)
+        needed = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        text = "this needs torch: pip install fusestep[torch]" if needed else " ".join(str(error).split())
+        print(f"python -m fusestep {options.command}: {text}", file=sys.stderr)
         return FAILED
 
 
@@ -47,10 +49,6 @@ def _parser():
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
     return parser
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -76,15 +74,16 @@ def _diff_arguments(parser):
     parser.add_argument("before", metavar="A", help="a file as for inspect")
     parser.add_argument("after", metavar="B", help="another")
     _add_key(parser)
+    parser.add_argument("--key-b", metavar="KEY", help="the same for B, if it is another")
     _add_names(parser)
 
 
 def _diff(options):
     from .diff import diff_of
 
-    key = options.key
-    sides = [contents(file, key if is_torch_file(file) else None) for file in (options.before, options.after)]
-    found = diff_of(*sides, names=_names(options))
+    before = contents(options.before, options.key if is_torch_file(options.before) else None)
+    after = contents(options.after, (options.key_b or options.key) if is_torch_file(options.after) else None)
+    found = diff_of(before, after, names=_names(options))
     _show(found, found.to_dict(), options)
     return GOOD if found.same else DIFFERENT
 
@@ -98,7 +97,6 @@ def _convert_arguments(parser):
 
 
 def _convert(options):
-    _need_torch(options.source)
     from .convert import convert
 
     done = convert(options.source, options.target, options.key, _names(options), options.rule)
@@ -147,13 +145,6 @@ def _names(options):
         return pathlib.Path(options.names).read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise _core.FileError(f"{options.names}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _need_torch(file):
-    import importlib.util
-
-    if importlib.util.find_spec("torch") is None:
-        raise ImportError(f"{file}: this needs torch: pip install fusestep[torch]")
 
 
 def _say(line):

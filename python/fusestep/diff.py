@@ -50,12 +50,7 @@ class Diff(Printed):
         rows = [_state(name, before, i, after, j) for name, (i, j) in pairs.items()]
         self.state = [row for row in rows if row["step"][0] != row["step"][1] or row["slots"]]
         self.unchanged = len(rows) - len(self.state)
-        self.frozen = {
-            name: (before.parameters[i]["frozen"], after.parameters[j]["frozen"])
-            for name, (i, j) in pairs.items()
-            if before.kind == after.kind == "fusestep"
-            and before.parameters[i].get("frozen", False) != after.parameters[j].get("frozen", False)
-        }
+        self.frozen = dict(_frozen(before, after, pairs))
         self.metadata = _metadata(before, after)
 
     @property
@@ -152,8 +147,19 @@ def _settings(before, after):
             yield {"group": name, "key": key, "before": old, "after": new}
 
 
+def _frozen(before, after, pairs):
+    for name, (i, j) in pairs.items() if _both_ours(before, after) else ():
+        pair = tuple(p.get("frozen", False) for p in (before.parameters[i], after.parameters[j]))
+        if pair[0] != pair[1]:
+            yield name, pair
+
+
+def _both_ours(before, after):
+    return before.kind == after.kind == "fusestep"
+
+
 def _metadata(before, after):
-    if not before.kind == after.kind == "fusestep":
+    if not _both_ours(before, after):
         return {}
     keys = dict.fromkeys([*before.metadata, *after.metadata])
     pairs = {key: (before.metadata.get(key), after.metadata.get(key)) for key in keys}
