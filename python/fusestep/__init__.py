@@ -21,12 +21,14 @@ from ._core import (
     set_num_threads,
 )
 from .arrays import Optimizer
+from .diff import Diff, diff
 from .history import History, plot_history
 from .info import info
 from .state import LoadError, LoadReport
 
 __all__ = [
     "DeviceError",
+    "Diff",
     "Error",
     "FileError",
     "History",
@@ -37,6 +39,7 @@ __all__ = [
     "OutOfMemory",
     "__version__",
     "available_instruction_sets",
+    "diff",
     "info",
     "instruction_set",
     "num_threads",

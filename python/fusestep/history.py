@@ -198,7 +198,9 @@ def _draw(axes, title, curves, epochs):
     axes.grid(True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) <= _MOST_IN_A_LEGEND:
-        axes.legend(frameon=False, fontsize="small", title=_LEGENDS.get(title), title_fontsize="small")
+        # The frame is white, so that what lies beneath does not go through the names.
+        legend = axes.legend(framealpha=0.8, fontsize="small", title=_LEGENDS.get(title), title_fontsize="small")
+        legend.get_frame().set_linewidth(0)
     else:
         _name_the_ends(axes, list(curves), _LEGENDS.get(title))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ._core import InvalidArgument
+from .tables import listed
 
 Names = dict[torch.Tensor, list[str]]
 
@@ -87,11 +88,3 @@ def near(pattern: str, names: Names) -> str:
     if close:
         return f"near are {listed(close)}"
     return f"the names are under {listed(dict.fromkeys(name.split('.')[0] for name in parameters))}"
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """`a, b and 3 more`."""
-    names = list(names)
-    if len(names) <= limit:
-        return ", ".join(names)
-    return f"{', '.join(names[: limit - 1])} and {len(names) - limit + 1} more"

@@ -4,15 +4,23 @@
 
 from __future__ import annotations
 
-import html
-import io
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from .names import listed, names_of
+from .tables import (
+    count_text,
+    html_line,
+    html_table,
+    rendered,
+    rich_table,
+    settings_text,
+    shape_text,
+    size_text,
+    widths_of,
+)
 
 # Slots of torch's optimizers that are shaped like their parameter; Adafactor's, for one, are not.
 _SHAPED_SLOTS = frozenset(
@@ -63,14 +71,7 @@ class Summary:
 
     def text(self, width: int | None = None) -> str:
         """The table, at most `width` characters wide where names can be folded so far; None: the terminal's."""
-        try:
-            from rich.console import Console
-        except ImportError as error:
-            raise ImportError("the table of a summary needs rich: pip install fusestep[torch]") from error
-        file = io.StringIO()
-        width = width or shutil.get_terminal_size().columns
-        Console(file=file, width=width, color_system=None, highlight=False, force_jupyter=False).print(self)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return rendered(self, width)
 
     __str__ = text
     __repr__ = text
@@ -79,37 +80,37 @@ class Summary:
         from rich.text import Text
 
         tables = list(map(self._table, self.groups))
-        widths = _widths(tables, options.max_width)
+        widths = widths_of(tables, options.max_width)
         yield Text(self._title(), style="bold")
         if self._common():
-            yield Text(f"All groups: {_texts(self._common())}")
-        yield from (Text(), _rich_table(dict.fromkeys(tables[0], ()), widths, header=True))
+            yield Text(f"All groups: {settings_text(self._common())}")
+        yield from (Text(), rich_table(dict.fromkeys(tables[0], ()), widths, header=True))
         for group, table in zip(self.groups, tables, strict=True):
             yield Text(("\n" if group["group"] else "") + self._heading(group), style="bold")
-            yield from [_rich_table(table, widths, header=False)] if group["parameters"] else []
+            yield from [rich_table(table, widths, header=False)] if group["parameters"] else []
             yield Text(_totals(group))
         norms = self._norms()
         if norms:
-            yield from (Text("\nNorms", style="bold"), _rich_table(norms, _widths([norms], options.max_width)))
+            yield from (Text("\nNorms", style="bold"), rich_table(norms, widths_of([norms], options.max_width)))
         if self.warnings:
             yield Text("\n" + "\n".join(f"Warning: {warning}" for warning in self.warnings), style="yellow")
 
     def _repr_html_(self) -> str:
-        parts = [_html("p", self._title(), bold=True)]
+        parts = [html_line("p", self._title(), bold=True)]
         if self._common():
-            parts.append(_html("p", f"All groups: {_texts(self._common())}"))
+            parts.append(html_line("p", f"All groups: {settings_text(self._common())}"))
         for group in self.groups:
-            parts.append(_html("p", self._heading(group), bold=True))
-            parts += [_html_table(self._table(group))] if group["parameters"] else []
-            parts.append(_html("p", _totals(group)))
+            parts.append(html_line("p", self._heading(group), bold=True))
+            parts += [html_table(self._table(group))] if group["parameters"] else []
+            parts.append(html_line("p", _totals(group)))
         norms = self._norms()
         if norms:
-            parts += [_html("p", "Norms", bold=True), _html_table(norms)]
-        return "\n".join(parts + [_html("p", f"Warning: {warning}") for warning in self.warnings])
+            parts += [html_line("p", "Norms", bold=True), html_table(norms)]
+        return "\n".join(parts + [html_line("p", f"Warning: {warning}") for warning in self.warnings])
 
     def _title(self):
-        state = _size(sum(group["state_bytes"] for group in self.groups))
-        parts = [_count(len(self.rows), "parameter"), _count(len(self.groups), "group"), f"state {state}"]
+        state = size_text(sum(group["state_bytes"] for group in self.groups))
+        parts = [count_text(len(self.rows), "parameter"), count_text(len(self.groups), "group"), f"state {state}"]
         return f"{self.optimizer}: {', '.join(parts + [f'all {value}' for value in self._shared().values()])}"
 
     def _shared(self):
@@ -128,17 +129,18 @@ class Summary:
 
     def _heading(self, group):
         own = {name: value for name, value in group["settings"].items() if name not in self._common()}
-        return f"Group {group['group']}: {_texts({'lr': group['lr'], 'weight_decay': group['weight_decay'], **own})}"
+        shown = {"lr": group["lr"], "weight_decay": group["weight_decay"], **own}
+        return f"Group {group['group']}: {settings_text(shown)}"
 
     def _table(self, group):
         """Title of column to cells."""
         shared = self._shared()
         rows = [row for row in self.rows if row["group"] == group["group"]]
         table = {"index": _column(rows, "index"), "name": _column(rows, "name")}
-        table["shape"] = [_shape(row["shape"]) for row in rows]
+        table["shape"] = [shape_text(row["shape"]) for row in rows]
         table |= {key: _column(rows, key) for key in ("dtype", "device") if key not in shared}
         table |= {key: _column(rows, key) for key in ("step", "condition")}
-        table["state"] = [_size(sum(row["state"].values())) for row in rows]
+        table["state"] = [size_text(sum(row["state"].values())) for row in rows]
         return table
 
     def _norms(self):
@@ -287,7 +289,7 @@ def _warnings(optimizer, model, made):
     for p, label in labels.items():
         for slot, value in optimizer.state.get(p, {}).items():
             if slot in _SHAPED_SLOTS and torch.is_tensor(value) and value.shape != p.shape:
-                yield f"{label}: {slot} is of shape {_shape(value.shape)}, the parameter of {_shape(p.shape)}."
+                yield f"{label}: {slot} is of shape {shape_text(value.shape)}, the parameter of {shape_text(p.shape)}."
 
 
 def _about_model(model, labels):
@@ -319,84 +321,14 @@ def _column(rows, key):
     return ["-" if row[key] is None else str(row[key]) for row in rows]
 
 
-def _texts(settings):
-    """Without what is switched off or left to torch."""
-    shown = {name: value for name, value in settings.items() if value is not None and value is not False}
-    return ", ".join(f"{name} {_value(value)}" for name, value in shown.items())
-
-
 def _totals(group):
     conditions = {"stepping": "stepping", "frozen": "frozen", "no_gradient": "no gradient"}
     counts = ", ".join(f"{group[key]} {text}" for key, text in conditions.items() if group[key])
-    size = [_count(group["parameters"], "parameter"), _count(group["elements"], "element"), _size(group["bytes"])]
-    slots = ", ".join(f"{slot} {_size(size)}" for slot, size in group["state"].items())
-    return f"Total: {', '.join(size)}; {counts or 'empty'}; {f'state {slots}' if slots else 'no state'}"
-
-
-def _value(value):
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_value, value))})"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return "\u00d7".join(map(str, shape)) or "scalar"
+    counted = [count_text(group[f"{noun}s"], noun) for noun in ("parameter", "element")]
+    slots = ", ".join(f"{slot} {size_text(size)}" for slot, size in group["state"].items())
+    what = ", ".join([*counted, size_text(group["bytes"])])
+    return f"Total: {what}; {counts or 'empty'}; {f'state {slots}' if slots else 'no state'}"
 
 
 def _short(norm):
     return "-" if norm is None else f"{norm:.3g}"
-
-
-def _count(number, noun):
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(number):
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while number >= 1024 and len(units) > 1:
-        number /= 1024
-        units.pop(0)
-    return f"{number:.0f} {units[0]}" if units[0] == "B" or number >= 100 else f"{number:.1f} {units[0]}"
-
-
-# ---- layouts -----------------------------------------------------------------------------------
-
-_TO_THE_LEFT = ("name", "shape", "dtype", "device", "condition")
-_GAP = 2
-
-
-def _widths(tables, width):
-    """Of every column but the name's its longest cell or word of the title; the name has what is left."""
-    longest: dict[str, int] = {}
-    for table in tables:
-        for title, cells in table.items():
-            longest[title] = max([longest.get(title, 0), *map(len, [*title.split("_"), *cells])])
-    others = sum(size + _GAP for title, size in longest.items() if title != "name")
-    longest["name"] = min(longest["name"], max(width - others, 12))
-    return longest
-
-
-def _rich_table(table, widths, header=True):
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=header, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
-    for title in table:
-        justify = "left" if title in _TO_THE_LEFT else "right"
-        made.add_column(title.replace("_", " "), justify=justify, overflow="fold", width=widths[title])
-    for cells in zip(*table.values(), strict=True):
-        made.add_row(*cells)
-    return made
-
-
-def _html(tag, text, bold=False):
-    text = html.escape(text)
-    return f"<{tag}>{f'<b>{text}</b>' if bold else text}</{tag}>"
-
-
-def _html_table(table):
-    def line(tag, cells):
-        return f"<tr>{''.join(_html(tag, cell) for cell in cells)}</tr>"
-
-    rows = [line("td", cells) for cells in zip(*table.values(), strict=True)]
-    return "\n".join(["<table>", line("th", table), *rows, "</table>"])
