@@ -187,6 +187,7 @@ class Optimizer:
         Returns a report. Raises LoadError, which has it too, another InvalidArgument, or FileError; then
         nothing has changed.
         """
+        state.check_what(what)
         self._core.wait_for_save()
         options = {"strict": strict, "what": what, "convert": convert, "values": values}
         if isinstance(source, Mapping):
@@ -271,7 +272,7 @@ class Optimizer:
             parameter["frozen"] = here if frozen[number] is None else bool(frozen[number])
             for slot in parameter["slots"]:
                 arrays[number, slot] = _as_numpy(state_dict["state"][indices[number]][slot], name, slot)
-        return json.dumps(description), arrays
+        return state.as_json(description), arrays
 
 
 def _describe(name, array):

@@ -106,6 +106,7 @@ class Checkpoints:
         Returns a report. Raises LoadError, which has it too, another InvalidArgument, or FileError; then
         nothing has changed.
         """
+        state.check_what(what)
         self.wait_for_save()
         own_names, is_named = _names_here(self, names)
         here = _describe(self, own_names, for_file=False)
@@ -117,7 +118,7 @@ class Checkpoints:
         if isinstance(self, torch.optim.AdamW):
             for group in saved:
                 group["hyper"]["decoupled_weight_decay"] = True  # it is, also of a group that was Adam's
-        matched = json.loads(_core.match_state(json.dumps(saved), json.dumps(here), what, convert, values))
+        matched = json.loads(_core.match_state(state.as_json(saved), state.as_json(here), what, convert, values))
         matched["report"]["metadata"] = source.metadata
         report = state.checked(LoadReport.from_json(matched["report"]), strict)
         new = _NewState(self, source, matched, what)
@@ -250,7 +251,7 @@ class _Snapshot:
             self._tensors[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def write(self, path):
-        file = _core.StateFileWriter(path, json.dumps(self._description), self._metadata)
+        file = _core.StateFileWriter(path, state.as_json(self._description), self._metadata)
         try:
             for (index, slot), tensor in self._tensors.items():
                 for address, size in pieces_of(tensor):

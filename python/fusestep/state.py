@@ -84,6 +84,12 @@ class LoadError(_core.InvalidArgument):
         )
         self.report = report
 
+    def __reduce__(self):
+        return LoadError, (self.report,)
+
+
+LoadError.__module__ = "fusestep"
+
 
 def checked(report: LoadReport, strict: bool) -> LoadReport:
     """The report, or LoadError."""
@@ -98,9 +104,20 @@ def checked(report: LoadReport, strict: bool) -> LoadReport:
 def path_of(path: Any, what: str) -> str:
     """The path as text; `what` is what else was possible."""
     try:
-        return os.fsdecode(path)
+        text = os.fsdecode(path)
+        possible = b"\0" not in os.fsencode(text)
     except TypeError:
         raise _core.InvalidArgument(f"expected {what}, got {type(path).__name__}") from None
+    except UnicodeError:
+        possible = False
+    if not possible:
+        raise _core.InvalidArgument(f"no file can be named {path!r}")
+    return text
+
+
+def check_what(what: Any) -> None:
+    if what not in ("all", "state", "hyper"):
+        raise _core.InvalidArgument(f"what must be 'all', 'state' or 'hyper', got {what!r}")
 
 
 def list_of_names(given: Any, what: str) -> list[str]:
@@ -135,13 +152,16 @@ def renaming(rename: Rename) -> Callable[[str], str] | None:
 
 def encode_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
     """Strings stay as they are, unless they would be read back as something else; the rest as JSON."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise _core.InvalidArgument(f"metadata: expected a dict, got {type(metadata).__name__}")
     encoded = {}
-    for key, value in ({} if metadata is None else metadata).items():
+    for key, value in (metadata or {}).items():
         if not isinstance(key, str):
             raise _core.InvalidArgument(f"metadata: keys must be strings, got {key!r}")
         try:
             plain = isinstance(value, str) and decode_metadata({key: value})[key] == value
             encoded[key] = value if plain else json.dumps(value)
+            (key + encoded[key]).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise _core.InvalidArgument(f"metadata['{key}'] cannot be written as JSON: {error}") from None
     _core.check_user_metadata(encoded)
@@ -277,6 +297,15 @@ def names_in(state_dict: Mapping[str, Any], saved_names: Any = None) -> list[str
 
 
 # ---- descriptions ------------------------------------------------------------------------------
+
+
+def as_json(description: Description) -> str:
+    """For C++, and for files."""
+    try:
+        json.dumps(description, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise _core.InvalidArgument(f"names and settings must be text that UTF-8 can have: {error}") from None
+    return json.dumps(description)
 
 
 def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[str]) -> Description:

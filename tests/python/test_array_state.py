@@ -440,6 +440,7 @@ BAD_DICTS = {
     "shape": (in_state("exp_avg", numpy.zeros(5, "f4")), {}, r"  head.bias shape saved \[5\] here \[4\]"),
     "few names": (edited(lambda given: None), {"saved_names": NAMES[:4]}, "saved_names: there are 4 for 6 parameters"),
     "what": (edited(lambda given: None), {"what": "lr"}, "what must be 'all', 'state' or 'hyper', got 'lr'"),
+    "what none": (edited(lambda given: None), {"what": None}, "what must be 'all', 'state' or 'hyper', got None"),
     "rename": (edited(lambda given: None), {"rename": 3}, "rename: expected a dict or a function, got int"),
     "rename to 3": (edited(lambda given: None), {"rename": lambda key: 3}, "rename: 'stem.weight' becomes 3, expected"),
     "rename twice": (edited(lambda g: None), {"rename": {"scale": "empty"}}, "rename: 'scale' and 'empty' both become"),

@@ -187,19 +187,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16 with wide state", "float16 with wide state"])
 @pytest.mark.parametrize("hand_over", HAND_OVERS)
-def test_goes_on_with_the_same_bits(name, hand_over, kind, wide, tmp_path):
-    if wide and kind not in ("bfloat16", "float16"):
-        pytest.skip("state of 16-bit parameters only")
-    if wide and hand_over == "through_torch_file":
-        pytest.skip("as through_state_dict")
-    parameters, optimizer = trained(name, steps=4, **KINDS[kind])
-    if wide:
+def test_goes_on_with_the_same_bits(name, hand_over, kind, tmp_path):
+    given = KINDS[kind.split()[0]]
+    parameters, optimizer = trained(name, steps=4, **given)
+    if kind.endswith("wide state"):
         widen(optimizer)
     train(parameters, optimizer, 1, first=4)
-    fresh = model(**KINDS[kind])
+    fresh = model(**given)
     resumed = optimizer_of(name, fresh)
     with torch.no_grad():
         for key, p in fresh.items():
@@ -408,6 +404,18 @@ def test_numbers_where_nobody_has_names(name, tmp_path):
     support.assert_bits(state_only(contents(fresh, named)), state_only(contents(parameters, optimizer)))
 
 
+def test_state_dict_by_names(name):
+    """As torch.distributed.checkpoint.state_dict makes it, with names for numbers."""
+    parameters, optimizer = trained(name, named=False)
+    given = optimizer.state_dict()
+    given["state"] = {NAMES[index]: own for index, own in given["state"].items()}
+    given["param_groups"][0]["params"] = list(NAMES)
+    fresh = model()
+    resumed = optimizer_of(name, fresh, [NAMES[::-1]])
+    resumed.load(given)
+    support.assert_bits(state_only(contents(fresh, resumed)), state_only(contents(parameters, optimizer)))
+
+
 def test_names_that_are_numbers():
     """Those of a ParameterList are names, and no positions."""
     parameters = torch.nn.ParameterList([torch.ones(2), torch.ones(2), torch.ones(2)])
@@ -529,6 +537,8 @@ def test_strict_and_the_report(name, tmp_path):
     assert str(caught.value) == (
         "the state does not match this optimizer, nothing was loaded (strict=False loads what matches):\n" + str(report)
     )
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.report) == (str(caught.value), report)
     loose = resumed.load(tmp_path / "state", strict=False)
     assert loose == report
     expected = contents(parameters, optimizer)
@@ -610,6 +620,21 @@ def test_values(name, tmp_path):
         assert all(torch.equal(p, expected[key]) for key, p in fresh.items())
         assert [p._version > v for p, v in zip(fresh.values(), versions, strict=True)] == [arrive] * len(NAMES)
         assert all(p.requires_grad and p.is_leaf for p in fresh.values())
+
+
+def test_amsgrad_switched_on_at_the_load(tmp_path):
+    """What was not saved is missing, and starts at zero where that is accepted."""
+    parameters, optimizer = trained("Adam", amsgrad=False)
+    optimizer.save(tmp_path / "state")
+    fresh = model()
+    resumed = optimizer_of("Adam", fresh)
+    with pytest.raises(fusestep.LoadError) as caught:
+        resumed.load(tmp_path / "state", what="state")
+    assert caught.value.report.missing == [f"{key}/max_exp_avg_sq" for key in NAMES]
+    assert resumed.load(tmp_path / "state", what="state", strict=False).loaded == list(NAMES)
+    train(fresh, resumed, 1, first=3)
+    own = resumed.state[fresh["scale"]]
+    assert own["step"] == 4 and torch.equal(own["max_exp_avg_sq"], own["exp_avg_sq"])
 
 
 def test_adamw_stays_adamw(tmp_path):
@@ -1035,6 +1060,8 @@ BAD_DICTS = {
     "names of 1": (edited(lambda given: None), {"saved_names": "abcdef"}, "saved_names: expected names of parameters"),
     "no pairs": (edited(lambda given: None), {"saved_names": [1] * 6}, "saved_names: expected names of parameters or"),
     "what": (edited(lambda given: None), {"what": "lr"}, "what must be 'all', 'state' or 'hyper', got 'lr'"),
+    "what none": (edited(lambda given: None), {"what": None}, "what must be 'all', 'state' or 'hyper', got None"),
+    "no text": (in_group("note", "\ud800"), {}, "names and settings must be text that UTF-8 can have"),
     "rename to 3": (
         edited(lambda given: None),
         {"rename": lambda key: 3},
@@ -1226,6 +1253,11 @@ BAD_SAVES = {
     "reserved": ({"metadata": {"fusestep.x": 1}}, None, "keys that begin with 'fusestep.' are reserved"),
     "object": ({"metadata": {"x": object()}}, None, r"metadata\['x'\] cannot be written as JSON"),
     "key": ({"metadata": {3: "x"}}, None, "metadata: keys must be strings, got 3"),
+    "list": ({"metadata": [1]}, None, "metadata: expected a dict, got list"),
+    "no text": ({"metadata": {"x": "\ud800"}}, None, r"metadata\['x'\] cannot be written as JSON: 'utf-8' codec"),
+    "no text as key": ({"metadata": {"\ud800": "x"}}, None, "cannot be written as JSON: 'utf-8' codec"),
+    "zero": ({}, "a\0b", r"no file can be named 'a\\x00b'"),
+    "no name": ({}, "a\ud800", r"no file can be named 'a\\ud800'"),
     "names": ({"names": [("a", torch.ones(1))]}, None, r"names: parameter 0, of shape \[2, 3, 4, 5\], has none"),
 }
 

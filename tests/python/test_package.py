@@ -117,7 +117,8 @@ def public_things():
     for name, value in vars(fusestep.Optimizer).items():
         if not name.startswith("_"):
             yield f"fusestep.Optimizer.{name}", value
-    for name in ("step", "state_dict", "freeze", "thaw", "summary"):
+    own = ("step", "state_dict", "load_state_dict", "save", "save_async", "wait_for_save", "load")
+    for name in (*own, "freeze", "thaw", "summary"):
         yield f"fusestep.optim.Adam.{name}", getattr(fusestep.optim.Adam, name)
     yield "fusestep.History.record", fusestep.History.record
 
