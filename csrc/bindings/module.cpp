@@ -133,11 +133,8 @@ void bind_array_optimizer(py::module_& m) {
       .def(
           "step",
           [](Optimizer& self, bool skip, double grad_multiplier, double max_grad_norm,
-             bool skip_nonfinite, const std::vector<std::pair<int, std::uintptr_t>>& given) {
-            std::vector<Stream> streams;
-            for (const auto& [device, handle] : given) {
-              streams.emplace_back(Device::cuda(device), reinterpret_cast<void*>(handle));
-            }
+             bool skip_nonfinite, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
             StepOptions options;
             options.skip = skip;
             options.grad_multiplier = grad_multiplier;

@@ -124,16 +124,6 @@ std::string match_state(const std::string& saved, const std::string& here, const
       .dump();
 }
 
-using Streams = std::vector<std::pair<int, std::uintptr_t>>;
-
-std::vector<Stream> streams_of(const Streams& given) {
-  std::vector<Stream> streams;
-  for (const auto& [device, handle] : given) {
-    streams.emplace_back(Device::cuda(device), reinterpret_cast<void*>(handle));
-  }
-  return streams;
-}
-
 /// strict, what, convert, values and, of files, rename (None or a callable).
 LoadOptions load_options(const py::dict& given, const std::vector<Stream>& streams) {
   LoadOptions options;
@@ -168,6 +158,14 @@ std::string report_of(Load&& load) {
 }
 
 }  // namespace
+
+std::vector<Stream> streams_of(const Streams& given) {
+  std::vector<Stream> streams;
+  for (const auto& [device, handle] : given) {
+    streams.emplace_back(Device::cuda(device), reinterpret_cast<void*>(handle));
+  }
+  return streams;
+}
 
 void bind_state_files(py::module_& m) {
   using detail::StateFileReader;

@@ -7,9 +7,17 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <utility>
+#include <vector>
+
 #include "fusestep/optimizer.h"
 
 namespace fusestep::bindings {
+
+/// CUDA device index and stream handle.
+using Streams = std::vector<std::pair<int, std::uintptr_t>>;
+std::vector<Stream> streams_of(const Streams& given);
 
 void bind_state_files(pybind11::module_& m);
 

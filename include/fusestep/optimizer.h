@@ -208,7 +208,8 @@ class FUSESTEP_API Optimizer {
 
   /// Matches by the parameters' names, whatever groups they were in: each group takes the settings
   /// its parameters were saved with. Throws LoadError (strict) or FileError, and has then changed
-  /// nothing; but a file that changes while it replaces state of this optimizer ends its use.
+  /// nothing; but what fails while slots or values that exist are overwritten (the file changes, a
+  /// device or its memory ends) ends the use of this optimizer.
   LoadReport load(const std::filesystem::path& file, const LoadOptions& options = {});
   LoadReport load(const StateDict& state, const LoadOptions& options = {});
 

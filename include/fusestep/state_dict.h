@@ -117,7 +117,8 @@ struct FUSESTEP_API LoadReport {
 };
 FUSESTEP_API std::ostream& operator<<(std::ostream& out, const LoadReport& report);
 
-/// A strict load was refused, and has changed nothing; the report says why.
+/// A strict load was refused, and has changed nothing; the report says why, and what would have
+/// been loaded.
 class FUSESTEP_API LoadError : public InvalidArgument {
  public:
   explicit LoadError(LoadReport what_happened);

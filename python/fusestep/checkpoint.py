@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import _core, state
+from .dtensor import is_dtensor
 from .freezing import refuse_wrong_values
 from .names import listed
 from .sources import dtype_named, open_source, pieces_of, plain
@@ -202,7 +203,7 @@ def _describe(optimizer, names: list[str], for_file: bool) -> state.Description:
 
 
 def _describe_parameter(name, p):
-    if hasattr(p, "to_local"):
+    if is_dtensor(p):
         raise _core.InvalidArgument(f"parameter '{name}' is distributed: use torch.distributed.checkpoint")
     as_slot = state.describe_tensor(p)
     return {

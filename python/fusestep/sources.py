@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import _core, state
+from .dtensor import is_dtensor
 
 PIECE = 4 << 20  # bytes of pinned memory that tensors of other devices go through
 
@@ -47,7 +48,7 @@ class FileSource:
         """A new tensor with a slot's contents, in C order."""
         tensor = torch.empty(described["shape"], dtype=dtype_named(described["dtype"]), device=device)
         flat = bytes_of(tensor)
-        if device.type == "cpu":
+        if is_in_reach(flat):
             self._file.read_into(index, name, flat.data_ptr(), flat.numel())
             return tensor
         staging, done = staging_for(device), 0
@@ -110,7 +111,7 @@ def _torch_load(path, mmap):
 
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
     """The tensor's memory as real numbers; InvalidArgument for what has no memory of its own."""
-    if hasattr(tensor, "to_local"):
+    if is_dtensor(tensor):
         raise _core.InvalidArgument(f"{where} is distributed: use torch.distributed.checkpoint")
     if tensor.layout is not torch.strided:
         raise _core.InvalidArgument(f"{where}: its layout is {tensor.layout}, expected a dense tensor")
@@ -132,13 +133,18 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 def pieces_of(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """(address, bytes) of CPU memory, in C order, each valid until the next is asked for."""
     flat = bytes_of(tensor.contiguous())
-    if flat.device.type == "cpu":
+    if is_in_reach(flat):
         yield flat.data_ptr(), flat.numel()
         return
     staging = staging_for(flat.device)
     for piece in flat.split(PIECE):
         staging[: piece.numel()].copy_(piece)
         yield staging.data_ptr(), piece.numel()
+
+
+def is_in_reach(tensor: torch.Tensor) -> bool:
+    """Of a file: other memory is copied through a piece of the CPU's."""
+    return tensor.device.type == "cpu"
 
 
 def staging_for(device: torch.device) -> torch.Tensor:

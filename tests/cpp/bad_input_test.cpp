@@ -84,6 +84,150 @@ BadInput bad_parameter(std::string name, std::function<Parameter(World&)> parame
           "group 'new', parameter 'n': " + text};
 }
 
+/// The state of the world, with something changed, is loaded.
+BadInput bad_state(std::string name, std::function<void(StateDict&)> change, std::string text) {
+  return {std::move(name),
+          [change](World& w) {
+            StateDict state = w.optimizer.state_dict();
+            change(state);
+            w.optimizer.load_state_dict(state);
+          },
+          std::move(text)};
+}
+
+std::vector<BadInput> bad_states() {
+  const std::string mismatch =
+      "the state does not match this optimizer, nothing was loaded (strict=false loads what "
+      "matches):\n";
+  return {
+      bad_state(
+          "state_of_fewer_groups",
+          [](StateDict& state) {
+            state.param_groups.pop_back();
+            state.state.pop_back();
+          },
+          "loaded state dict has a different number of parameter groups"),
+      bad_state(
+          "state_of_other_groups",
+          [](StateDict& state) {
+            state.param_groups[0].params = {0};
+            state.param_groups[1].params = {1, 2};
+          },
+          "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+          "group"),
+      bad_state(
+          "state_position_twice", [](StateDict& state) { state.param_groups[1].params = {1}; },
+          "group 'head': params has 1, expected every position in state once"),
+      bad_state(
+          "state_position_negative", [](StateDict& state) { state.param_groups[1].params = {-1}; },
+          "group 'head': params has -1, expected every position in state once"),
+      bad_state(
+          "state_position_beyond", [](StateDict& state) { state.param_groups[1].params = {4}; },
+          "group 'head': params has 4, expected every position in state once"),
+      bad_state(
+          "state_without_group", [](StateDict& state) { state.param_groups[1].params.clear(); },
+          "state has 4 parameters, and groups have 3"),
+      bad_state(
+          "state_step_negative", [](StateDict& state) { state.state[2].step = -1; },
+          "parameter 'c': step must be >= 0, got -1"),
+      bad_state(
+          "state_slot_too_short",
+          [](StateDict& state) { state.state[0].slots["exp_avg"].data.pop_back(); },
+          "parameter 'a', slot 'exp_avg': expected 16 bytes, got 15"),
+      bad_state(
+          "state_slot_of_no_shape",
+          [](StateDict& state) {
+            state.state[0].slots["exp_avg"].shape = {std::int64_t{1} << 40, std::int64_t{1} << 40};
+          },
+          "parameter 'a', slot 'exp_avg': no tensor has the shape [1099511627776, 1099511627776]"),
+      bad_state(
+          "state_shape",
+          [](StateDict& state) {
+            state.state[1].shape = {3, 2};
+          },
+          mismatch + "matching    3     a, c, h\ndoes not fit\n  b shape saved [3, 2] here [2, "
+                     "3]\n"),
+      bad_state(
+          "state_slot_shape", [](StateDict& state) { state.state[1].slots["exp_avg"].shape = {6}; },
+          mismatch + "*  b/exp_avg shape saved [6] here [2, 3]\n"),
+      bad_state(
+          "state_slot_dtype",
+          [](StateDict& state) {
+            state.state[2].slots["momentum_buffer"] = {
+                DType::kFloat32, {5}, std::vector<std::byte>(20)};
+          },
+          mismatch + "*  c/momentum_buffer dtype saved float32 here float64\n"),
+      bad_state(
+          "state_slot_missing",
+          [](StateDict& state) {
+            state.state[3].slots.clear();
+            state.state[0].slots.erase("exp_avg");
+          },
+          mismatch + "*missing     1     a/exp_avg\n"),
+      bad_state(
+          "state_slot_unknown",
+          [](StateDict& state) { state.state[0].slots["m"] = state.state[0].slots["exp_avg"]; },
+          mismatch + "*unexpected  1     a/m\n"),
+      bad_state(
+          "state_rule", [](StateDict& state) { state.param_groups[1].hyper = AdamHyper{}; },
+          mismatch + "*head rule saved Adam here SGD\n"),
+      bad_state(
+          "state_settings",
+          [](StateDict& state) { state.param_groups[0].hyper = AdamHyper{.lr = -1}; },
+          "settings saved of group 'body': lr must be >= 0, got -1"),
+      bad_state(
+          "state_initial_lr", [](StateDict& state) { state.param_groups[0].initial_lr = kNan; },
+          "settings saved of group 'body': initial_lr must be >= 0, got nan"),
+      {"load_names_twice",
+       [](World& w) {
+         StateDict state = w.optimizer.state_dict();
+         state.state[0].name = "b";
+         w.optimizer.load(state);
+       },
+       "there are two saved parameters named 'b'"},
+      {"load_renamed_to_one",
+       [](World& w) {
+         w.optimizer.load(w.optimizer.state_dict(),
+                          {.rename = [](const std::string&) { return "a"; }});
+       },
+       "rename: there are two parameters named 'a', one of them 'b'"},
+      {"load_stream_of_the_cpu",
+       [](World& w) {
+         const Stream stream(Device::cpu(), static_cast<void*>(&w));
+         w.optimizer.load(w.optimizer.state_dict(), {.streams = {&stream, 1}});
+       },
+       "a stream must belong to a CUDA device, got one of cpu"},
+      {"state_dict_of_two_streams",
+       [](World& w) {
+         const Stream stream(Device::cuda(), static_cast<void*>(&w));
+         const Stream streams[] = {stream, stream};
+         w.optimizer.state_dict(streams);
+       },
+       "there are two streams of cuda:0"},
+      {"save_stream_of_the_cpu",
+       [](World& w) {
+         const Stream stream(Device::cpu(), static_cast<void*>(&w));
+         w.optimizer.save("/nowhere/at/all", {.streams = {&stream, 1}});
+       },
+       "a stream must belong to a CUDA device, got one of cpu"},
+      {"save_reserved_metadata",
+       [](World& w) {
+         w.optimizer.save("/nowhere/at/all", {.metadata = {{"fusestep.groups", "mine"}}});
+       },
+       "metadata: keys that begin with 'fusestep.' are reserved, got 'fusestep.groups'"},
+      {"save_async_reserved_metadata",
+       [](World& w) {
+         w.optimizer.save_async("/nowhere/at/all", {.metadata = {{"fusestep.x", "mine"}}});
+       },
+       "metadata: keys that begin with 'fusestep.' are reserved, got 'fusestep.x'"},
+      {"save_metadata_not_utf8",
+       [](World& w) {
+         w.optimizer.save("/nowhere/at/all", {.metadata = {{"note", "\xff"}}});
+       },
+       "*UTF-8*"},
+  };
+}
+
 std::vector<BadInput> bad_inputs() {
   std::vector<BadInput> rows = {
       // names
@@ -490,6 +634,8 @@ std::vector<BadInput> bad_inputs() {
       {"rmsprop_weight_decay", "half", RmspropHyper{.weight_decay = -1},
        "weight_decay must be >= 0, got -1"},
   };
+  const std::vector<BadInput> states = bad_states();
+  rows.insert(rows.end(), states.begin(), states.end());
   for (const BadHyper& bad : hypers) {
     rows.push_back({std::string("add_") + bad.name,
                     [hyper = bad.hyper](World& w) {

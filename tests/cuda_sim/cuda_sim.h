@@ -60,6 +60,8 @@ struct Live {
   friend bool operator==(const Live&, const Live&) = default;
 };
 Live live();
+/// The most bytes of pinned memory there were at a time since reset().
+std::size_t most_pinned_bytes();
 
 /// What a correct program never does: handles or memory used after their end, copies whose
 /// direction is wrong, writes to guard zones, pinned memory freed under a copy. The calls return

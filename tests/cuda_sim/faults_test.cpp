@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "cuda_sim.h"
+#include "temporary_directory.h"
 #include "twins.h"
 
 namespace fusestep::test {
@@ -21,10 +22,24 @@ struct Action {
   std::function<void(Optimizer&)> run;
 };
 
-/// Parameters on two devices, two streams of the first one, and what happens to them.
+/// Parameters on the host and on devices, and what happens to them.
 class Life {
  public:
-  Life() {
+  virtual ~Life() = default;
+
+  std::unique_ptr<Twins> twins = std::make_unique<Twins>();
+  std::vector<Action> actions;
+  /// All that a failed action must leave as it was.
+  virtual void expect_equal(const std::string& when) {
+    twins->expect_equal_memory(when);
+    twins->expect_equal_steps(when);
+  }
+};
+
+/// Two devices, two streams of the first one, steps of every kind.
+class Training final : public Life {
+ public:
+  Training() {
     const std::vector<TensorSpec> tensors = {{700}, {3, 1, 2}};
     const int first = twins->prepare({{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[0], tensors},
                                       {"b", SgdHyper{.momentum = 0.9}, kLayoutCases[2], tensors}},
@@ -69,15 +84,12 @@ class Life {
         {"skipped", [](Optimizer& o) { o.skipped_steps(); }},
     };
   }
-  ~Life() {
+  ~Training() override {
     twins.reset();
     for (cudaStream_t stream : streams_) static_cast<void>(cudaStreamDestroy(stream));
   }
-  Life(const Life&) = delete;
-  Life& operator=(const Life&) = delete;
-
-  std::unique_ptr<Twins> twins = std::make_unique<Twins>();
-  std::vector<Action> actions;
+  Training(const Training&) = delete;
+  Training& operator=(const Training&) = delete;
 
  private:
   void step(Optimizer& o, int stream, const StepOptions& wanted) {
@@ -93,11 +105,62 @@ class Life {
   cudaStream_t streams_[2] = {};
 };
 
+/// State that comes and goes, on two devices.
+class Checkpoints final : public Life {
+ public:
+  Checkpoints() {
+    const std::vector<TensorSpec> tensors = {{70}, {0}};
+    const std::vector<GroupSpec> first = {{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[2], tensors}};
+    const std::vector<GroupSpec> second = {
+        {"b", SgdHyper{.momentum = 0.9}, kLayoutCases[1], {{9}}}};
+    const int batches[] = {twins->prepare(first, 0), twins->prepare(second, 1)};
+    Twins donor;
+    for (const int batch : {donor.prepare(first, 0), donor.prepare(second, 1)}) {
+      donor.join(donor.cpu, batch);
+    }
+    const StateDict fresh = donor.cpu.state_dict();
+    donor.cpu.step();
+    const StateDict stepped = donor.cpu.state_dict();
+    const auto join = [this](int batch) {
+      return [this, batch](Optimizer& o) { twins->join(o, batch); };
+    };
+    const auto load = [](const StateDict& state) {
+      return [state](Optimizer& o) { o.load_state_dict(state); };
+    };
+    const auto step = [](Optimizer& o) { o.step(); };
+    const auto file = [this](Optimizer& o) {
+      return directory_ / (&o == &twins->cpu ? "cpu" : "cuda");
+    };
+    actions = {
+        {"add a group", join(batches[0])},
+        {"add a group on another device", join(batches[1])},
+        {"load into what has never stepped", load(stepped)},
+        {"step", step},
+        {"take the state", [](Optimizer& o) { o.state_dict(); }},
+        {"save", [file](Optimizer& o) { o.save(file(o), {.values = true}); }},
+        {"step on", step},
+        {"load over it", [file](Optimizer& o) { o.load(file(o)); }},
+        {"load what has never stepped", load(fresh)},
+        {"load again", load(stepped)},
+        {"step again", step},
+    };
+    for (int device = 0; device < cuda_sim::kDevices; ++device) {
+      const CurrentDevice current(device);
+      check(cudaDeviceSynchronize());
+    }
+  }
+  void expect_equal(const std::string& when) override { twins->expect_equal(when); }
+
+ private:
+  TemporaryDirectory directory_;
+};
+
 class Faults : public testing::Test {
  protected:
   /// A life in which `inject` was called first. False where the fault was not met any more.
+  template <class SomeLife = Training>
   bool live_with(const std::function<void()>& inject, cudaError_t code, bool sticky) {
-    Life life;
+    SomeLife life;
     const cuda_sim::Live before = cuda_sim::live();
     inject();
     bool refused = false;
@@ -172,8 +235,7 @@ class Faults : public testing::Test {
         return false;
       }
     }
-    twins.expect_equal_memory("as before: " + text());
-    twins.expect_equal_steps("as before: " + text());
+    life.expect_equal("as before: " + text());
     if (testing::Test::HasFailure()) return false;
     action.run(twins.cuda);
     action.run(twins.cpu);
@@ -181,11 +243,16 @@ class Faults : public testing::Test {
     return !testing::Test::HasFailure();
   }
 
+  template <class SomeLife = Training>
   void walk(cudaError_t code, bool sticky) {
     for (std::int64_t call = 0;; ++call) {
       cuda_sim::reset(static_cast<std::uint64_t>(call), static_cast<cuda_sim::Policy>(call % 3));
       context_ = ", call " + std::to_string(call);
-      const bool met = live_with([&] { cuda_sim::inject({call, code, sticky}); }, code, sticky);
+      const bool met = live_with<SomeLife>(
+          [&] {
+            cuda_sim::inject({call, code, sticky});
+          },
+          code, sticky);
       if (HasFailure()) return;
       for (const std::string& violation : cuda_sim::take_violations()) {
         ADD_FAILURE() << violation << ": " << where();
@@ -203,6 +270,14 @@ class Faults : public testing::Test {
 TEST_F(Faults, OutOfMemoryInAnyCall) { walk(cudaErrorMemoryAllocation, false); }
 TEST_F(Faults, ErrorOfAnyCall) { walk(cudaErrorUnknown, false); }
 TEST_F(Faults, DeviceLostInAnyCall) { walk(cudaErrorLaunchFailure, true); }
+
+TEST_F(Faults, OutOfMemoryInAnyCallOfACheckpoint) {
+  walk<Checkpoints>(cudaErrorMemoryAllocation, false);
+}
+TEST_F(Faults, ErrorOfAnyCallOfACheckpoint) { walk<Checkpoints>(cudaErrorUnknown, false); }
+TEST_F(Faults, DeviceLostInAnyCallOfACheckpoint) {
+  walk<Checkpoints>(cudaErrorLaunchFailure, true);
+}
 
 TEST_F(Faults, KernelThatFailsWhileItRuns) {
   for (std::int64_t launch = 0; launch < 40; ++launch) {

@@ -105,6 +105,7 @@ class Runtime {
     for (const auto& [data, block] : pinned) std::free(data);
     pinned.clear();
     adopted.clear();
+    most_pinned_bytes = 0;
     next_stream_id = 100;
     sticky = cudaSuccess;
     fault.reset();
@@ -168,6 +169,7 @@ class Runtime {
   Handles<CUevent_st> events;
   std::map<void*, Pinned> pinned;
   std::map<const char*, Adopted> adopted;
+  std::size_t most_pinned_bytes = 0;
   unsigned long long next_stream_id = 100;
 
   cudaError_t sticky = cudaSuccess;
@@ -440,6 +442,11 @@ std::int64_t calls(const std::string& name) {
   return found == runtime().counts.end() ? 0 : found->second;
 }
 
+std::size_t most_pinned_bytes() {
+  const std::lock_guard lock(runtime().mutex);
+  return runtime().most_pinned_bytes;
+}
+
 void forget_calls() {
   const std::lock_guard lock(runtime().mutex);
   runtime().counts.clear();
@@ -580,6 +587,9 @@ cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
     std::memset(memory, 0xff, bytes);
     r.pinned[memory] = {bytes};
     cuda_sim::forget_overlapping(r.adopted, memory, bytes);
+    std::size_t pinned_bytes = 0;
+    for (const auto& [address, block] : r.pinned) pinned_bytes += block.bytes;
+    r.most_pinned_bytes = std::max(r.most_pinned_bytes, pinned_bytes);
     *data = memory;
     return cudaSuccess;
   });

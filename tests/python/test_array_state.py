@@ -12,6 +12,8 @@ import torch
 import fusestep
 import support
 
+pytestmark = pytest.mark.on_cpu
+
 NAMES = ("stem.weight", "stem.bias", "head.weight", "head.bias", "scale", "empty")
 SHAPES = dict(zip(NAMES, ((3, 4, 5), (3,), (4, 6), (4,), (), (0, 2)), strict=True))
 SETTINGS = {name: {**support.FULLEST[name], "lr": 0.02, "weight_decay": 0.1} for name in support.NAMES}
@@ -430,7 +432,7 @@ BAD_DICTS = {
     "lr of text": (in_group("lr", "fast"), {}, 'lr must be a number, got "fast"'),
     "betas": (in_group("betas", (0.9,)), {}, r"betas must be two numbers, got \[0.9\]"),
     "step": (in_state("step", "three"), {}, "parameter 'head.bias': 'step' must be a number, got 'three'"),
-    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be >= 0, got -1.0"),
+    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be a whole number >= 0, got -1"),
     "slot": (in_state("exp_avg", 3), {}, "parameter 'head.bias', 'exp_avg' is a int, which is not saved or loaded"),
     "object": (in_state("exp_avg", Odd()), {}, "parameter 'head.bias', 'exp_avg' is no array: no array"),
     "big-endian": (in_state("exp_avg", numpy.ones(4, ">f4")), {}, "head.bias.* is of >f4, expected float32"),

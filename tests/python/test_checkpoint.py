@@ -25,6 +25,8 @@ from torch.optim import lr_scheduler
 import fusestep
 import support
 
+pytestmark = pytest.mark.on_cpu
+
 NAMES = ("stem.weight", "stem.bias", "head.weight", "head.bias", "scale", "empty")
 SHAPES = dict(zip(NAMES, ((2, 3, 4, 5), (3,), (4, 6), (4,), (), (0, 2)), strict=True))
 SETTINGS = {
@@ -1014,7 +1016,7 @@ BAD_DICTS = {
     "hyper only": (in_group("eps", -1.0), {"what": "hyper"}, "group '0': Invalid epsilon value: -1.0"),
     "step": (in_state("step", "three"), {}, "parameter 'head.bias': 'step' must be a number, got 'three'"),
     "steps": (in_state("step", torch.ones(2)), {}, "parameter 'head.bias': 'step' must be a number, got tensor"),
-    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be >= 0, got -1.0"),
+    "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be a whole number >= 0, got -1"),
     "step nan": (in_state("step", float("nan")), {}, "parameter 'head.bias': step must be >= 0"),
     "slot": (in_state("exp_avg", 3), {}, "parameter 'head.bias', 'exp_avg' is a int, which is not saved or loaded"),
     "sparse": (
@@ -1413,6 +1415,70 @@ optimizer.save_async({str(tmp_path / "state")!r})
     subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(fusestep.__file__).parents[1])
     p = torch.nn.Parameter(torch.ones(3_000_000))
     assert fusestep.optim.Adam([("p", p)]).load(tmp_path / "state").complete
+
+
+# ---- other devices, distributed tensors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_out_of_reach_goes_through_pieces(name, kind, tmp_path, monkeypatch):
+    """What other devices do, here with memory that is said to be out of reach, in pieces of 24 bytes."""
+    parameters, optimizer = trained(name, **KINDS[kind])
+    optimizer.save(tmp_path / "whole", values=True)
+    monkeypatch.setattr(fusestep.sources, "is_in_reach", lambda tensor: False)
+    monkeypatch.setattr(fusestep.sources, "PIECE", 24)
+    optimizer.save(tmp_path / "pieces", values=True)
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    fresh = model(**KINDS[kind])
+    resumed = optimizer_of(name, fresh)
+    resumed.load(tmp_path / "pieces")
+    support.assert_bits(contents(fresh, resumed), contents(parameters, optimizer))
+
+
+@pytest.mark.gpu
+@pytest.mark.only_on("cuda", reason="simulated devices are not torch's")
+@pytest.mark.parametrize("method", ["save", "save_async"])
+@pytest.mark.parametrize(("then", "now"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+def test_from_device_to_device(name, then, now, method, tmp_path):
+    sides = []
+    for device in (then, now):
+        parameters = {key: torch.nn.Parameter(p.detach().to(device)) for key, p in model(layout=channels_last).items()}
+        sides.append((parameters, optimizer_of(name, parameters)))
+    (parameters, optimizer), (fresh, resumed) = sides
+    train(parameters, optimizer, 3)
+    getattr(optimizer, method)(tmp_path / "state", values=True)
+    train(parameters, optimizer, 1, first=3)
+    optimizer.wait_for_save()
+    resumed.load(tmp_path / "state")
+    assert all(v.device.type == now for own in resumed.state.values() for v in own.values())
+    train(fresh, resumed, 1, first=3)
+    found, expected = ({key: v.cpu() for key, v in contents(*side).items()} for side in sides[::-1])
+    support.assert_bits(found, expected)
+
+
+DISTRIBUTED = """
+import os, sys, pytest, torch, fusestep
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+optimizer = fusestep.optim.Adam([("p", p)])
+p.grad = torch.ones_like(p)
+optimizer.step()
+for call in (lambda: optimizer.save(sys.argv[1] + "x"), lambda: optimizer.load(optimizer.state_dict())):
+    with pytest.raises(fusestep.InvalidArgument, match="'p' is distributed: use torch.distributed.checkpoint"):
+        call()
+optimizer.load_state_dict(optimizer.state_dict())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_distributed_tensors_are_refused(tmp_path):
+    path = pathlib.Path(fusestep.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", DISTRIBUTED, str(tmp_path / "store")], check=True, cwd=path)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
