@@ -12,8 +12,10 @@ import fusestep
 import support
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip("takes minutes: -m slow"))
         if device.KIND == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip("needs a CUDA device: FUSESTEP_TEST_DEVICE is cpu"))
         for marker in item.iter_markers("only_on"):

@@ -311,7 +311,10 @@ def test_without_torch(folder):
     expected = "python -m fusestep inspect: checkpoint.pt: a file of torch.save, which needs torch to be read\n"
     assert (done.returncode, done.stderr) == (2, expected)
     done = run_program(folder, "diff head.safetensors all.safetensors", path)
-    assert (done.returncode, done.stderr) == (2, "python -m fusestep diff: this needs torch: pip install fusestep[torch]\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "python -m fusestep diff: this needs torch: pip install fusestep[torch]\n",
+    )
 
 
 # ---- convert -----------------------------------------------------------------------------------
