@@ -9,8 +9,8 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
-from typing import Any
+
+from .._core import InvalidArgument, num_threads
 
 SCHEMA = "fusestep-benchmark-1"
 LEAST_ROUNDS = 20
@@ -36,57 +36,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=pathlib.Path, metavar="FILE.json", help="measure nothing: draw and tabulate")
 
 
-def run(options: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
-    """Measures, writes the files, prints the table. The exit status is 1 if fusestep's results were wrong.
+def run(options: argparse.Namespace) -> int:
+    """Measures, writes the files, prints the table. Returns 1 if fusestep's results were wrong, otherwise 0.
 
-    Args:
-        refuse: called with a sentence where the arguments are wrong; does not return.
+    Raises InvalidArgument for wrong arguments, and ImportError without torch.
     """
+    _check(options)
+    wrong = False
     if options.report is not None:
-        return _report(_read(options.report, refuse), options.out)
-    _check(options, refuse)
-    try:
-        import torch
-
-        from . import cases
-    except ImportError as error:
-        return _fail(f"the benchmark needs torch: pip install fusestep[bench] ({error})")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return _fail("torch sees no CUDA device")
-    try:
-        chosen = cases.chosen(options)
-    except ValueError as error:
-        return refuse(str(error))
+        results = _read(options.report)
+    else:
+        results, wrong = _measured(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    results, wrong = _measured(options, chosen)
-    (options.out / "benchmark.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return _report(results, options.out) or (1 if wrong else 0)
+    if options.report is None:
+        (options.out / "benchmark.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    _show(results, options)
+    return 1 if wrong else 0
 
 
 def _listed(text):
-    return [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return names
 
 
-def _check(options, refuse):
+def _check(options):
     if options.rounds < LEAST_ROUNDS:
-        refuse(f"--rounds {options.rounds} is too few, expected {LEAST_ROUNDS} or more")
+        raise InvalidArgument(f"--rounds {options.rounds} is too few, expected {LEAST_ROUNDS} or more")
     if options.threads is not None and options.threads < 1:
-        refuse(f"--threads {options.threads} is too few, expected 1 or more")
+        raise InvalidArgument(f"--threads {options.threads} is too few, expected 1 or more")
     if options.quick and options.full:
-        refuse("--quick and --full exclude each other")
+        raise InvalidArgument("--quick and --full exclude each other")
 
 
-def _fail(text):
-    print(f"fusestep bench: {text}", file=sys.stderr)
-    return 1
+def _measured(options):
+    """(what is in the file, whether fusestep was wrong)."""
+    from . import cases
 
-
-def _measured(options, chosen):
-    import fusestep
-
+    chosen = cases.chosen(options)
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"the benchmark needs torch, which fusestep[bench] brings: {error}") from error
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument("torch sees no CUDA device")
     from . import devices, machine, measure
 
-    device = devices.Cuda() if options.device == "cuda" else devices.Cpu(options.threads or fusestep.num_threads())
+    device = devices.Cuda() if options.device == "cuda" else devices.Cpu(options.threads or num_threads())
     context = machine.describe(device, shlex.join(["python", "-m", "fusestep", *sys.argv[1:]]))
     elements = measure.ROOF_ELEMENTS // (4 if options.quick and device.name == "cpu" else 1)
     results = measure.measure(chosen, device, options.rounds, elements)
@@ -98,27 +95,25 @@ def _measured(options, chosen):
 # ---- from the JSON -----------------------------------------------------------------------------
 
 
-def _read(path, refuse):
+def _read(path):
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        return refuse(f"{path} cannot be read: {error}")
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        return refuse(f"{path} is not a file of `python -m fusestep bench`: its schema is not {SCHEMA}")
+        raise InvalidArgument(f"{path} is not a file of `python -m fusestep bench`: its schema is not {SCHEMA}")
     return results
 
 
-def _report(results, out):
+def _show(results, options):
     from . import plots, report
 
     text = report.markdown(results)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmark.md").write_text(text)
-    print(text)
+    files = [options.out / "benchmark.md"]
+    files[0].write_text(text)
+    print(json.dumps(results, indent=1) if options.json else text)
     try:
-        files = plots.draw(results, out)
+        files += plots.draw(results, options.out)
     except ImportError as error:
-        print(f"no plots: {error}; pip install fusestep[bench] brings what they need", file=sys.stderr)
-        files = []
-    print(f"written: {', '.join(str(path) for path in sorted({*files, *out.glob('benchmark.*')}))}", file=sys.stderr)
-    return 0
+        print(f"no plots: {error}; fusestep[bench] brings what they need", file=sys.stderr)
+    print(f"written to {options.out}: {', '.join(path.name for path in files)}", file=sys.stderr)

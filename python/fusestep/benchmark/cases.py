@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._core import InvalidArgument
+
 SHAPES = pathlib.Path(__file__).with_name("shapes.json")
 ALIASES = {"one64m": f"1x{64 << 20}", "tiny10k": "10000x1000"}
 
@@ -171,18 +173,18 @@ def full() -> Iterator[Case]:
 
 
 def chosen(options: Any) -> list[Case]:
-    """The selection that the command line asks for. ValueError names what is unknown."""
+    """The selection that the command line asks for. InvalidArgument names what is unknown."""
     _expect("optimizer", options.optimizers, RULES)
-    _expect("dtype", options.dtypes, {*DTYPES, *SHORT_DTYPES})
+    _expect("dtype", options.dtypes, [*DTYPES, *SHORT_DTYPES])
     _expect("operation", options.operations, OPERATIONS)
     for model in options.models or ():
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", model) and model not in models():
-            raise ValueError(
+            raise InvalidArgument(
                 f"unknown model '{model}', expected one of {', '.join(models())}, or COUNTxELEMENTS such as 100x64"
             )
     for text in options.groups or ():
         if not text.isdigit() or int(text) == 0:
-            raise ValueError(f"'{text}' is no number of groups")
+            raise InvalidArgument(f"'{text}' is no number of groups")
     given = {
         "rules": options.optimizers,
         "dtypes": options.dtypes and [SHORT_DTYPES.get(name, name) for name in options.dtypes],
@@ -199,4 +201,4 @@ def chosen(options: Any) -> list[Case]:
 def _expect(what, names, known):
     for name in names or ():
         if name not in known:
-            raise ValueError(f"unknown {what} '{name}', expected one of {', '.join(known)}")
+            raise InvalidArgument(f"unknown {what} '{name}', expected one of {', '.join(known)}")

@@ -19,7 +19,7 @@ import fusestep
 import fusestep.optim
 
 from .cases import DTYPES, HOST_OPERATIONS, RULES, Case, Rule
-from .workload import LEARNING_RATE, MAX_NORM, Workload, allowed_ulps, worst_ulps
+from .workload import LEARNING_RATE, Workload, allowed_ulps, worst_ulps
 
 OURS = "fusestep"
 ARRAYS = "fusestep.Optimizer"  # ours too
@@ -176,7 +176,7 @@ def _clip_and_step(optimizer, workload, label):
     foreach = label != "torch for-loop"
 
     def call():
-        torch.nn.utils.clip_grad_norm_(workload.params, MAX_NORM, foreach=foreach)
+        torch.nn.utils.clip_grad_norm_(workload.params, workload.max_norm, foreach=foreach)
         optimizer.step()
 
     return call
@@ -214,7 +214,7 @@ def _arrays_entry(workload):
     grads = {f"p{index}": grad.numpy() for index, grad in enumerate(workload.grads)}
 
     def call():
-        optimizer.step(grads, max_grad_norm=MAX_NORM)
+        optimizer.step(grads, max_grad_norm=workload.max_norm)
 
     return Entry(ARRAYS, call, _same_as_reference(workload, call, None))
 
@@ -256,7 +256,7 @@ def _file_entry(label, workload, folder):
 def _same_as_reference(workload, call, optimizer):
     def check(expected):
         ulps = worst_ulps(workload, expected, call, optimizer)
-        allowed = allowed_ulps(workload.case.operation)
+        allowed = allowed_ulps(workload.case)
         if ulps > allowed:
             raise LeftOut(
                 f"its result is {ulps:.3g} units in the last place a step from torch's formula in double,"
