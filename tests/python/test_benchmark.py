@@ -16,7 +16,7 @@ import torch
 
 import fusestep
 from fusestep import __main__ as command_line
-from fusestep.benchmark import cases, contestants, devices, measure, plots, workload
+from fusestep.benchmark import cases, contestants, devices, plots, workload
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPERATIONS = ",".join(cases.OPERATIONS)
@@ -27,7 +27,7 @@ def bench(*arguments, draw=False):
     """(exit status, standard output, standard error) of a run with one thread, a small roof, and no pictures."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(measure, "ROOF_ELEMENTS", 1 << 18)
+        patch.setattr(devices.Cpu, "roof_elements", 1 << 18)
         if not draw:
             patch.setattr(plots, "draw", lambda results, folder: [])
         try:
@@ -218,6 +218,17 @@ def test_what_does_not_fit_is_left_out(tmp_path):
     results, out = tiny(tmp_path, "--models", "1x1000000000000", "--optimizers", "sgd")
     assert results["benchmarks"] == []
     assert re.search(r"needs about [\d.]+ GB of memory, [\d.]+ GB are free", out)
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    class Interrupted(fusestep.optim.SGD):
+        def step(self, closure=None):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fusestep.optim, "SGD", Interrupted)
+    results, out = tiny(tmp_path, "--optimizers", "adam,sgd,rmsprop")
+    assert {row["rule"] for row in results["benchmarks"]} == {"adam"}
+    assert "- the run was interrupted (`sgd/float32/3x40/groups=1` and 1 more)" in out
 
 
 def fake_package(**classes):

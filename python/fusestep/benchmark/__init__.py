@@ -85,8 +85,9 @@ def _measured(options):
 
     device = devices.Cuda() if options.device == "cuda" else devices.Cpu(options.threads or num_threads())
     context = machine.describe(device, shlex.join(["python", "-m", "fusestep", *sys.argv[1:]]))
-    elements = measure.ROOF_ELEMENTS // (4 if options.quick and device.name == "cpu" else 1)
-    results = measure.measure(chosen, device, options.rounds, elements)
+    if options.quick:
+        device.roof_elements //= 4
+    results = measure.measure(chosen, device, options.rounds)
     context |= {"rounds": options.rounds, "load_after": machine.load()}
     found = {"schema": SCHEMA, "context": context}
     return found | {"benchmarks": results.benchmarks, "left_out": results.left_out}, results.wrong

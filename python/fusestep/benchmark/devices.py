@@ -34,6 +34,7 @@ class Cpu:
 
     name = "cpu"
     roof_is = "y.add_(x, alpha=a) of torch, in place, 12 bytes an element"
+    roof_elements = 64 << 20
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -62,7 +63,8 @@ class Cpu:
             found.append(limit - used)
         return min(found, default=4 << 30)
 
-    def roof(self, elements: int) -> Roof:
+    def roof(self) -> Roof:
+        elements = _not_too_many(self.roof_elements, self.free_bytes())
         x, y = torch.full((elements,), 1e-3), torch.ones(elements)
         return Roof(lambda: y.add_(x, alpha=0.999), 12 * elements)
 
@@ -105,7 +107,8 @@ class Cuda:
     """Wall time to completion, host time to return, and device time by events."""
 
     name = "cuda"
-    roof_is = "a copy from device memory to device memory, read and written bytes"
+    roof_is = "a copy from device memory to device memory, bytes read and written"
+    roof_elements = 512 << 20
 
     def __init__(self) -> None:
         self._scratch = torch.ones(64 << 20, device="cuda")  # 256 MiB: more than any L2 cache holds
@@ -119,7 +122,8 @@ class Cuda:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
-    def roof(self, elements: int) -> Roof:
+    def roof(self) -> Roof:
+        elements = _not_too_many(self.roof_elements, self.free_bytes())
         source, target = (torch.ones(elements, device="cuda") for _ in range(2))
         return Roof(lambda: target.copy_(source), 8 * elements)
 
@@ -168,6 +172,11 @@ class Cuda:
         names = [name for name in names if not name.startswith("Optimizer.")]
         copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
         return {"launches": len(names) - copies, "copies": copies} if names else {}
+
+
+def _not_too_many(elements: int, free_bytes: int) -> int:
+    """An eighth of the memory for two arrays of float32 at most."""
+    return max(1, min(elements, free_bytes // 64))
 
 
 def _kib_of(path: str, key: str) -> int:

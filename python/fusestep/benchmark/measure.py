@@ -22,7 +22,6 @@ from .devices import Roof
 
 WARM_UP = 2  # calls, besides those that are checked
 ROOF = "roof"
-ROOF_ELEMENTS = 64 << 20
 
 Row = dict[str, Any]
 
@@ -39,13 +38,12 @@ class Results:
         self.left_out.append({"name": name, "contestant": contestant, "why": str(why)})
 
 
-def measure(chosen: Iterable[Case], device: Any, rounds: int, roof_elements: int = ROOF_ELEMENTS) -> Results:
+def measure(chosen: Iterable[Case], device: Any, rounds: int) -> Results:
     """Every case, one after the other, with a progress bar where there is a terminal. Ctrl-C ends it early."""
     chosen, results = list(chosen), Results()
-    elements = min(roof_elements, device.free_bytes() // 64)
     with _progress(len(chosen) * rounds) as bar, tempfile.TemporaryDirectory() as folder:
         with device.in_use():
-            roof = device.roof(elements)
+            roof = device.roof()
         for number, case in enumerate(chosen):
             bar.set_description_str(case.name)
             try:
