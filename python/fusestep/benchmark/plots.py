@@ -205,7 +205,7 @@ def _figure(width, height):
 
 def _titled(figure, title, context):
     """A title for what is shown, and below it where it was measured."""
-    threads = "" if context.get("gpu") else f", {context['threads']} threads"
+    threads = "" if context.get("gpu") else f", {context['threads']} thread{'s' if context['threads'] > 1 else ''}"
     machine = f"{context.get('gpu') or context['processor']}{threads}"
     where = f"{machine}, torch {context['torch']}, {context['date'][:10]}"
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontweight="bold", fontsize="large", linespacing=1.4)
