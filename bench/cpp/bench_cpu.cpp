@@ -4,7 +4,7 @@
 // A step on the CPU beside the roof measured in the same run: an in-place axpy, y = a x + y, 12
 // bytes an element, on the same threads. Steps and axpys alternate; the medians are compared.
 //
-//   bench_cpu --models_file=bench/models/shapes.json [--models=...] [--rules=...] [--layouts=...]
+//   bench_cpu --models_file=FILE [--models=...] [--rules=...] [--layouts=...]
 //             [Google Benchmark's own options]
 #include <benchmark/benchmark.h>
 
@@ -98,11 +98,12 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
     }
     const double time = median(steps), roof = Axpy::kBytes / median(axpys);
     state.SetIterationTime(time * 1e-6);
-    state.counters["step_us"] = time;
-    state.counters["GBps"] = moved / time * 1e-3;
-    state.counters["axpy_GBps"] = roof * 1e-3;
-    state.counters["of_axpy"] = median(ratios);
-    state.counters["bytes_moved"] = moved;
+    state.counters["wall_us"] = time;
+    state.counters["gbps"] = moved / time * 1e-3;
+    state.counters["roof_gbps"] = roof * 1e-3;
+    state.counters["roof_fraction"] = median(ratios);
+    state.counters["bytes"] = moved;
+    state.counters["elements"] = static_cast<double>(offsets.elements);
     state.counters["tensors"] = static_cast<double>(sizes.size());
   }
 }
@@ -130,7 +131,8 @@ void host(benchmark::State& state, int tensors, std::int64_t elements) {
                       calls);
     }
     state.SetIterationTime(median(times) * 1e-6);
-    state.counters["us_per_100_parameters"] = median(times) * 100 / tensors;
+    state.counters["host_us"] = median(times);
+    state.counters["host_us_per_100_tensors"] = median(times) * 100 / tensors;
   }
   set_num_threads(all_threads);
 }
@@ -141,7 +143,7 @@ void host(benchmark::State& state, int tensors, std::int64_t elements) {
 int main(int argc, char** argv) {
   using namespace fusestep::bench;
   const std::string models_file =
-      option(argc, argv, "models_file", "bench/models/shapes.json").front();
+      option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
   const auto models = option(argc, argv, "models", "one64m,resnet50,resnet152,gpt2,tiny10k");
   const auto rules = option(argc, argv, "rules", "all");
   const auto layouts = option(argc, argv, "layouts", "float32");
@@ -149,14 +151,15 @@ int main(int argc, char** argv) {
     for (const auto& layout : layout_cases()) {
       for (const auto& rule : rule_cases()) {
         if (!named(layouts, layout.name) || !named(rules, rule.name)) continue;
-        run_once("step/" + model + "/" + layout.name + "/" + rule.name,
+        run_once(case_name(rule.name, layout.name, model),
                  [=](benchmark::State& state) { step(state, model, models_file, rule, layout); });
       }
     }
   }
   for (const int tensors : {100, 1000, 10'000}) {
     for (const int elements : {0, 1}) {
-      run_once("host/" + std::to_string(tensors) + "_of_" + std::to_string(elements),
+      const std::string model = std::to_string(tensors) + "x" + std::to_string(elements);
+      run_once(case_name("adam", "float32", model) + "/host",
                [=](benchmark::State& state) { host(state, tensors, elements); });
     }
   }

@@ -3,7 +3,7 @@
 //
 // Device time of a step by events, beside the device-to-device copy measured in the same run.
 //
-//   bench_cuda --models_file=bench/models/shapes.json [--models=gpt2,resnet152] [--rules=adam,...]
+//   bench_cuda --models_file=FILE [--models=gpt2,resnet152] [--rules=adam,...]
 //              [--layouts=float32,...] [Google Benchmark's own options]
 #include <benchmark/benchmark.h>
 #include <cuda_runtime.h>
@@ -160,16 +160,18 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
       const double total = device_us([&] { work.optimizer.step(); });
       const double prepare = prepare_us(work.sizes.size(), rule, layout);
       state.SetIterationTime(total * 1e-6);
-      state.counters["step_us"] = total;
+      state.counters["device_us"] = total;
       state.counters["prepare_us"] = prepare;
       state.counters["apply_us"] = total - prepare;
-      state.counters["apply_of_copy"] = moved / (total - prepare) / copy_rate();
-      state.counters["step_of_copy"] = moved / total / copy_rate();
-      state.counters["bytes_moved"] = moved;
+      state.counters["apply_roof_fraction"] = moved / (total - prepare) / copy_rate();
+      state.counters["gbps"] = moved / total * 1e-3;
+      state.counters["roof_gbps"] = copy_rate() * 1e-3;
+      state.counters["roof_fraction"] = moved / total / copy_rate();
+      state.counters["bytes"] = moved;
+      state.counters["elements"] = static_cast<double>(work.offsets.elements);
       state.counters["launches"] = 2;  // prepare, and apply of the one bucket
       state.counters["host_us"] = host_us([&] { work.optimizer.step(); });
       state.counters["tensors"] = static_cast<double>(work.sizes.size());
-      state.counters["copy_GBps"] = copy_rate() * 1e-3;
     }
   } catch (const std::exception& error) {
     check(cudaDeviceSynchronize());
@@ -187,11 +189,11 @@ void clip(benchmark::State& state, const std::string& model, const std::string& 
       const double plain = device_us([&] { work.optimizer.step(); });
       const double total = device_us([&] { work.optimizer.step({.max_grad_norm = 1.0}); });
       state.SetIterationTime(total * 1e-6);
-      state.counters["step_us"] = total;
+      state.counters["device_us"] = total;
       state.counters["norm_us"] = total - plain;
-      state.counters["norm_of_copy"] = static_cast<double>(work.offsets.elements) *
-                                       static_cast<double>(layout.value_bytes()) / (total - plain) /
-                                       copy_rate();
+      state.counters["norm_roof_fraction"] = static_cast<double>(work.offsets.elements) *
+                                             static_cast<double>(layout.value_bytes()) /
+                                             (total - plain) / copy_rate();
     }
   } catch (const std::exception& error) {
     state.SkipWithError(error.what());
@@ -234,9 +236,9 @@ void host(benchmark::State& state, int tensors) {
       optimizer.step();
     });
     state.SetIterationTime(unchanged * 1e-6);
-    state.counters["unchanged_us"] = unchanged;
+    state.counters["host_us"] = unchanged;
     state.counters["new_lr_us"] = new_lr;
-    state.counters["new_grads_us"] = new_grads;
+    state.counters["moved_us"] = new_grads;
   }
 }
 
@@ -246,7 +248,7 @@ void host(benchmark::State& state, int tensors) {
 int main(int argc, char** argv) {
   using namespace fusestep::bench;
   const std::string models_file =
-      option(argc, argv, "models_file", "bench/models/shapes.json").front();
+      option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
   const auto models = option(argc, argv, "models", "resnet152,gpt2,gpt2_xl,tiny10k");
   const auto rules = option(argc, argv, "rules", "all");
   const auto layouts = option(argc, argv, "layouts", "all");
@@ -255,15 +257,15 @@ int main(int argc, char** argv) {
       if (!named(layouts, layout.name)) continue;
       for (const auto& rule : rule_cases()) {
         if (!named(rules, rule.name)) continue;
-        run_once("step/" + model + "/" + layout.name + "/" + rule.name,
+        run_once(case_name(rule.name, layout.name, model),
                  [=](benchmark::State& state) { step(state, model, models_file, rule, layout); });
       }
-      run_once("clip/" + model + "/" + layout.name + "/adam",
+      run_once(case_name("adam", layout.name, model) + "/clip",
                [=](benchmark::State& state) { clip(state, model, models_file, layout); });
     }
   }
   for (const int tensors : {1, 100, 1000, 10'000}) {
-    run_once("host/" + std::to_string(tensors),
+    run_once(case_name("adam", "float32", std::to_string(tensors) + "x64") + "/host",
              [=](benchmark::State& state) { host(state, tensors); });
   }
   benchmark::Initialize(&argc, argv);

@@ -15,7 +15,7 @@
 
 namespace fusestep::bench {
 
-/// Elements of every tensor of a model; `models_file` is bench/models/shapes.json.
+/// Elements of every tensor of a model; `models_file` is python/fusestep/benchmark/shapes.json.
 inline std::vector<std::int64_t> tensor_sizes(const std::string& model,
                                               const std::string& models_file) {
   if (model == "one64m") return {std::int64_t{64} << 20};
@@ -98,10 +98,18 @@ struct Offsets {
   }
 };
 
-/// The tensors of one model in eight groups, values and gradients in two allocations.
+constexpr int kGroups = 8;
+
+/// As `python -m fusestep bench` names it: docs/benchmarking.md.
+inline std::string case_name(const std::string& rule, const std::string& layout,
+                             const std::string& model) {
+  return rule + "/" + layout + "/" + model + "/groups=" + std::to_string(kGroups);
+}
+
+/// The tensors of one model in groups, values and gradients in two allocations.
 inline Optimizer make_optimizer(const std::vector<std::int64_t>& sizes, const Offsets& offsets,
                                 const RuleCase& rule, const LayoutCase& layout, char* values,
-                                char* grads, Device device, int groups = 8) {
+                                char* grads, Device device, int groups = kGroups) {
   Optimizer optimizer;
   std::vector<std::vector<Parameter>> members(static_cast<std::size_t>(groups));
   for (std::size_t i = 0; i < sizes.size(); ++i) {

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, `python -m fusestep`.
 
-Exit codes: 0, all is well; 1, `diff` has found a difference, or a bound of `demo` is not kept; 2, wrong
-usage, or something that cannot be read or written.
+Exit codes: 0, all is well; 1, `diff` has found a difference, a bound of `demo` is not kept, or `bench` has found
+a wrong result; 2, wrong usage, or something that cannot be read or written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pathlib
 import sys
 from typing import Any
 
-from . import _core, demo
+from . import _core, benchmark, demo
 from .contents import RULES, contents, inspect, is_torch_file
 from .info import info
 from .tables import count_text
@@ -124,6 +124,7 @@ _COMMANDS = {
     "diff": (_diff, "what differs between two such files; the exit code is 1 if anything does", _diff_arguments),
     "convert": (_convert, "a torch checkpoint to a safetensors file, or back", _convert_arguments),
     "demo": (_demo, "fine-tuning on handwritten digits, beside torch.optim", demo.add_arguments),
+    "bench": (benchmark.run, "what a step costs here, beside torch.optim", benchmark.add_arguments),
 }
 
 

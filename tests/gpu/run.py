@@ -57,7 +57,7 @@ def command_of(part, build, out):
         return None
     result = out / f"{name.replace(' ', '-')}.json"
     if program.startswith("bench_"):
-        models = f"--models_file={ROOT / 'bench/models/shapes.json'}"
+        models = f"--models_file={ROOT / 'python/fusestep/benchmark/shapes.json'}"
         return [path, models, *arguments, f"--benchmark_out={result}", "--benchmark_out_format=json"]
     return [path, *arguments, f"--gtest_output=json:{result}", "--gtest_brief=1"]
 
@@ -112,13 +112,13 @@ def print_benchmarks(out):
             continue
         for entry in benchmarks:
             name = entry["name"].split("/iterations")[0]
-            if "apply_of_copy" in entry:
+            if "apply_roof_fraction" in entry:
                 print(
-                    f"  {name:<52} apply {entry['apply_us']:9.1f} us  {entry['apply_of_copy']:.3f} of the copy"
+                    f"  {name:<52} apply {entry['apply_us']:9.1f} us  {entry['apply_roof_fraction']:.3f} of the copy"
                     f"  prepare {entry['prepare_us']:.1f} us"
                 )
             else:
-                figures = {k: round(v, 3) for k, v in entry.items() if k.endswith(("_us", "_copy"))}
+                figures = {k: round(v, 3) for k, v in entry.items() if k.endswith(("_us", "_fraction"))}
                 print(f"  {name:<52} {figures or entry.get('error_message', '')}")
 
 

@@ -1,0 +1,120 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fusestep bench`: steps of fusestep and of others, in turns. docs/benchmarking.md has the method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shlex
+import sys
+
+from .._core import InvalidArgument, num_threads
+
+SCHEMA = "fusestep-benchmark-1"
+LEAST_ROUNDS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options. Nothing here imports torch."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small selection, within a minute on a quiet machine")
+    parser.add_argument("--full", action="store_true", help="everything: hours on a CPU")
+    for name, example in (
+        ("models", "resnet152,gpt2,tiny10k,100x64"),
+        ("optimizers", "adam,sgd_momentum"),
+        ("dtypes", "float32,bf16"),
+        ("groups", "1,8"),
+        ("operations", "step,clip"),
+    ):
+        text = f"such as {example}; any of these options replaces the selection by their combinations"
+        parser.add_argument(f"--{name}", type=_listed, metavar="A,B,...", help=text)
+    parser.add_argument("--rounds", type=int, default=21, help=f"samples of each, {LEAST_ROUNDS} or more")
+    parser.add_argument("--threads", type=int, help="of everybody, on the CPU; by default all that may be used")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("fusestep-bench"), metavar="DIR")
+    parser.add_argument("--report", type=pathlib.Path, metavar="FILE.json", help="measure nothing: draw and tabulate")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, writes the files, prints the table. Returns 1 if fusestep's results were wrong, otherwise 0.
+
+    Raises InvalidArgument for wrong arguments, and ImportError without torch.
+    """
+    _check(options)
+    wrong = False
+    if options.report is not None:
+        results = _read(options.report)
+    else:
+        results, wrong = _measured(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.report is None:
+        (options.out / "benchmark.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    _show(results, options)
+    return 1 if wrong else 0
+
+
+def _listed(text):
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return names
+
+
+def _check(options):
+    if options.rounds < LEAST_ROUNDS:
+        raise InvalidArgument(f"--rounds {options.rounds} is too few, expected {LEAST_ROUNDS} or more")
+    if options.threads is not None and options.threads < 1:
+        raise InvalidArgument(f"--threads {options.threads} is too few, expected 1 or more")
+    if options.quick and options.full:
+        raise InvalidArgument("--quick and --full exclude each other")
+
+
+def _measured(options):
+    """(what is in the file, whether fusestep was wrong)."""
+    from . import cases
+
+    chosen = cases.chosen(options)
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"the benchmark needs torch, which fusestep[bench] brings: {error}") from error
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument("torch sees no CUDA device")
+    from . import devices, machine, measure
+
+    device = devices.Cuda() if options.device == "cuda" else devices.Cpu(options.threads or num_threads())
+    context = machine.describe(device, shlex.join(["python", "-m", "fusestep", *sys.argv[1:]]))
+    if options.quick:
+        device.roof_elements //= 4
+    results = measure.measure(chosen, device, options.rounds)
+    context |= {"rounds": options.rounds, "load_after": machine.load()}
+    found = {"schema": SCHEMA, "context": context}
+    return found | {"benchmarks": results.benchmarks, "left_out": results.left_out}, results.wrong
+
+
+# ---- from the JSON -----------------------------------------------------------------------------
+
+
+def _read(path):
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise InvalidArgument(f"{path} is not a file of `python -m fusestep bench`: its schema is not {SCHEMA}")
+    return results
+
+
+def _show(results, options):
+    from . import plots, report
+
+    text = report.markdown(results)
+    files = [options.out / "benchmark.md"]
+    files[0].write_text(text)
+    print(json.dumps(results, indent=1) if options.json else text)
+    try:
+        files += plots.draw(results, options.out)
+    except ImportError as error:
+        print(f"no plots: {error}; fusestep[bench] brings what they need", file=sys.stderr)
+    print(f"written to {options.out}: {', '.join(path.name for path in files)}", file=sys.stderr)

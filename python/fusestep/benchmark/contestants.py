@@ -1,0 +1,315 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who takes part, and how each does what is measured."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fusestep
+import fusestep.optim
+
+from .cases import DTYPES, HOST_OPERATIONS, RULES, Case, Rule
+from .workload import LEARNING_RATE, Workload, allowed_ulps, worst_ulps
+
+OURS = "fusestep"
+ARRAYS = "fusestep.Optimizer"  # ours too
+
+
+class LeftOut(Exception):
+    """Why a contestant or a case does not take part."""
+
+
+# ---- optimizers: (rule, groups of parameters) to an optimizer of torch's interface ---------------
+
+
+def _groups(groups):
+    return [{"params": group} for group in groups]
+
+
+def _fusestep(rule: Rule, groups: Any) -> Any:
+    return getattr(fusestep.optim, rule.torch_class)(_groups(groups), lr=LEARNING_RATE, **rule.settings)
+
+
+def _torch(**how: bool) -> Callable:
+    def make(rule, groups):
+        cls = getattr(torch.optim, rule.torch_class)
+        if "fused" in how and "fused" not in inspect.signature(cls).parameters:
+            raise LeftOut(f"torch {torch.__version__.partition('+')[0]} has no fused {rule.torch_class}")
+        device, dtype = groups[0][0].device.type, groups[0][0].dtype
+        if "fused" in how and rule.torch_class == "SGD" and device == "cpu" and dtype.itemsize == 2:
+            raise LeftOut("torch's fused SGD on the CPU computes 16-bit parameters and does not store most of them")
+        return cls(_groups(groups), lr=LEARNING_RATE, **rule.settings, **how)
+
+    return make
+
+
+def _apex(rule: Rule, groups: Any) -> Any:
+    optimizers = _installed("apex.optimizers")
+    if groups[0][0].device.type != "cuda":
+        raise LeftOut("apex has optimizers for CUDA alone")
+    settings = {**rule.settings, "lr": LEARNING_RATE}
+    if rule.torch_class in ("Adam", "AdamW") and "amsgrad" not in settings:
+        settings.setdefault("weight_decay", 1e-2 if rule.torch_class == "AdamW" else 0.0)
+        return optimizers.FusedAdam(_groups(groups), adam_w_mode=rule.torch_class == "AdamW", **settings)
+    if rule.torch_class == "SGD":
+        return optimizers.FusedSGD(_groups(groups), **settings)
+    raise LeftOut("apex does not have the rule")
+
+
+def _deepspeed(rule: Rule, groups: Any) -> Any:
+    adam = _installed("deepspeed.ops.adam")
+    if groups[0][0].device.type != "cpu":
+        raise LeftOut("DeepSpeedCPUAdam is for the CPU")
+    if rule.torch_class not in ("Adam", "AdamW") or "amsgrad" in rule.settings:
+        raise LeftOut("DeepSpeedCPUAdam does not have the rule")
+    decoupled = rule.torch_class == "AdamW"
+    settings = {"weight_decay": 1e-2 if decoupled else 0.0, **rule.settings}
+    return adam.DeepSpeedCPUAdam(_groups(groups), lr=LEARNING_RATE, adamw_mode=decoupled, **settings)
+
+
+def _bitsandbytes(rule: Rule, groups: Any) -> Any:
+    optim = _installed("bitsandbytes.optim")
+    offered = (RULES["adam"], RULES["adamw"], RULES["sgd_momentum"], RULES["rmsprop"])
+    if rule not in offered:
+        raise LeftOut("bitsandbytes does not have the rule")
+    settings = {"weight_decay": 1e-2 if rule.torch_class == "AdamW" else 0.0, **rule.settings}
+    return getattr(optim, rule.torch_class)(_groups(groups), lr=LEARNING_RATE, optim_bits=32, **settings)
+
+
+def _installed(name):
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        reason = "is not installed" if (error.name or "").partition(".")[0] == package else f"needs {error.name}"
+    except Exception as error:  # whatever another package's import may raise
+        reason = f"cannot be imported: {_first_line(error)}"
+    raise LeftOut(f"{package} {reason}")
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+FACTORIES: dict[str, Callable[[Rule, Any], Any]] = {
+    OURS: _fusestep,
+    "torch fused": _torch(fused=True),
+    "torch foreach": _torch(foreach=True),
+    "torch for-loop": _torch(foreach=False),
+    "apex": _apex,
+    "DeepSpeed": _deepspeed,
+    "bitsandbytes": _bitsandbytes,
+}
+
+
+# ---- operations --------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A contestant in a case: `call` is timed, `before` is not; `check` returns its error in ulps."""
+
+    label: str
+    call: Callable[[], Any]
+    check: Callable[[Any], float]
+    optimizer: Any = None
+    before: Callable[[], Any] | None = None
+
+    @property
+    def state_bytes(self) -> int | None:
+        if self.optimizer is None:
+            return None
+        states = self.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+
+
+def labels(case: Case) -> list[str]:
+    """Who is asked to take part."""
+    if case.operation == "save":
+        return [OURS, "torch.save", "torch.save, fsync"]
+    if case.operation == "load":
+        return [OURS, "torch.load"]
+    if case.operation == "step" or case.operation in HOST_OPERATIONS:
+        return list(FACTORIES)
+    own = [label for label in FACTORIES if label == OURS or label.startswith("torch")]
+    return [*own, ARRAYS] if case.operation == "clip" else own
+
+
+def enter(label: str, workload: Workload, folder: pathlib.Path) -> Entry:
+    """The contestant, ready to be checked. Raises LeftOut."""
+    case = workload.case
+    if case.operation in ("save", "load"):
+        return _file_entry(label, workload, folder)
+    if label == ARRAYS:
+        return _arrays_entry(workload)
+    try:
+        optimizer = FACTORIES[label](RULES[case.rule], workload.groups)
+    except (LeftOut, torch.cuda.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever another library's constructor may raise
+        if label == OURS:
+            raise
+        raise LeftOut(f"{label} refuses: {_first_line(error)}") from error
+    call = _CALLS.get(case.operation, _step)(optimizer, workload, label)
+    check = (
+        _all_zero(workload, call) if case.operation == "zero_grad" else _same_as_reference(workload, call, optimizer)
+    )
+    before = workload.move_grads if case.operation == "moved" else None
+    return Entry(label, call, check, optimizer, before)
+
+
+def _step(optimizer, workload, label):
+    return optimizer.step
+
+
+def _clip_and_step(optimizer, workload, label):
+    foreach = label != "torch for-loop"
+
+    def call():
+        torch.nn.utils.clip_grad_norm_(workload.params, workload.max_norm, foreach=foreach)
+        optimizer.step()
+
+    return call
+
+
+def _scaler_step(optimizer, workload, label):
+    if workload.case.dtype == "float16":
+        raise LeftOut("GradScaler refuses float16 gradients")
+    device = workload.params[0].device.type
+    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30)  # gradients stay as they are
+    scaler.scale(torch.ones(1, device=device))  # makes its tensors
+
+    def call():
+        scaler.step(optimizer)
+        scaler.update()
+
+    return call
+
+
+def _zero_grad(optimizer, workload, label):
+    return lambda: optimizer.zero_grad(set_to_none=False)
+
+
+_CALLS = {"clip": _clip_and_step, "scaler": _scaler_step, "zero_grad": _zero_grad}
+
+
+def _arrays_entry(workload):
+    """Clipping inside the step, on NumPy's views of the same tensors."""
+    rule, p = RULES[workload.case.rule], workload.params[0]
+    if p.device.type != "cpu" or p.dtype == torch.bfloat16:
+        raise LeftOut("fusestep.Optimizer steps NumPy arrays, which are on the CPU and not bfloat16")
+    names = {p: f"p{index}" for index, p in enumerate(workload.params)}
+    groups = [{"params": {names[p]: p.detach().numpy() for p in group}} for group in workload.groups]
+    optimizer = fusestep.Optimizer(rule.torch_class, groups, lr=LEARNING_RATE, **rule.settings)
+    grads = {f"p{index}": grad.numpy() for index, grad in enumerate(workload.grads)}
+
+    def call():
+        optimizer.step(grads, max_grad_norm=workload.max_norm)
+
+    return Entry(ARRAYS, call, _same_as_reference(workload, call, None))
+
+
+def _file_entry(label, workload, folder):
+    case = workload.case
+    optimizer = FACTORIES[OURS if label == OURS else "torch for-loop"](RULES[case.rule], workload.groups)
+    optimizer.step()
+    path = folder / f"{label.replace(' ', '-')}.state"
+
+    def save_fusestep():
+        optimizer.save(path)
+
+    def save_torch():
+        torch.save(optimizer.state_dict(), path)
+
+    def save_torch_durably():
+        with open(path, "wb") as file:
+            torch.save(optimizer.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load_fusestep():
+        optimizer.load(path)
+
+    def load_torch():
+        optimizer.load_state_dict(torch.load(path))
+
+    save = {OURS: save_fusestep, "torch.save, fsync": save_torch_durably}.get(label, save_torch)
+    load = load_fusestep if label == OURS else load_torch
+    if case.operation == "load":
+        save()
+    return Entry(label, save if case.operation == "save" else load, _comes_back(optimizer, save, load), optimizer)
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def _same_as_reference(workload, call, optimizer):
+    def check(expected):
+        ulps = worst_ulps(workload, expected, call, optimizer)
+        allowed = allowed_ulps(workload.case)
+        if ulps > allowed:
+            raise LeftOut(
+                f"its result is {ulps:.3g} units in the last place a step from torch's formula in double,"
+                f" allowed are {allowed:g}"
+            )
+        return ulps
+
+    return check
+
+
+def _all_zero(workload, call):
+    def check(_):
+        call()
+        if any(torch.count_nonzero(grad) for grad in workload.grads):
+            raise LeftOut("a gradient is not zero after zero_grad")
+        return 0.0
+
+    return check
+
+
+def _comes_back(optimizer, save, load):
+    """What is loaded has the bits of what was saved."""
+
+    def check(_):
+        before = copy.deepcopy(_tensors(optimizer))
+        save()
+        for tensor in _tensors(optimizer).values():
+            tensor.zero_()
+        load()
+        after = _tensors(optimizer)
+        if before.keys() != after.keys() or not all(torch.equal(before[key], after[key]) for key in before):
+            raise LeftOut("the state that is loaded differs from the state that was saved")
+        return 0.0
+
+    return check
+
+
+def _tensors(optimizer):
+    """(position of the parameter, slot) to tensor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        (number, slot): value
+        for number, p in enumerate(parameters)
+        for slot, value in optimizer.state.get(p, {}).items()
+        if torch.is_tensor(value)
+    }
+
+
+def needed_bytes(case: Case) -> int:
+    """Of memory, about: tensors, everybody's slots, what a step allocates for a while, and the check."""
+    item, slots = DTYPES[case.dtype], len(RULES[case.rule].slots)
+    sharing = sum(label == OURS or label.startswith("torch") for label in labels(case))
+    tensors = 2 + slots * sharing + 3
+    if case.operation in ("save", "load"):
+        tensors += 2 * slots  # a state_dict read from a file, and the copy it is compared with
+    return case.elements * item * tensors + (1 << 28)

@@ -1,0 +1,150 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a case, which all contestants step, and what has to come out."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import cases
+
+LEARNING_RATE = 1.0  # large enough for a small error to show in bfloat16
+GRADIENT_SCALES = (1.0, -0.5, 0.25)  # of the steps that are checked: exact in every dtype
+SAMPLED = 16_384  # elements of a tensor that are checked, evenly spaced, the first and last among them
+
+_BLOCK = 1 << 20
+
+
+class Workload:
+    """Parameters and gradients of a model, each tensor allocated by itself, as a model's are."""
+
+    def __init__(self, case: cases.Case, device: str) -> None:
+        self.case = case
+        dtype = getattr(torch, case.dtype)
+        shapes = cases.shapes(case.model)
+        self.params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes]
+        self._gradients = [self._empty_gradients() for _ in range(2 if case.operation == "moved" else 1)]
+        self._blocks = [_random_block(seed, dtype, device) for seed in (1, 2)]
+        self._indices = [_evenly_spaced(p.numel(), device) for p in self.params]
+        self.reset()
+        # Half the norm: clipped gradients that were small beside weight decay would magnify rounding.
+        self.max_norm = 0.5 * _norm(self.grads)
+
+    def _empty_gradients(self) -> list[torch.Tensor]:
+        return [torch.empty_like(p) for p in self.params]
+
+    @property
+    def groups(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters in turn to one group after the other; groups without any are left out."""
+        return [group for group in (self.params[i :: self.case.groups] for i in range(self.case.groups)) if group]
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        return self._gradients[0]
+
+    def reset(self) -> None:
+        """Values and gradients as they were at first."""
+        _fill([p.detach() for p in self.params], self._blocks[0])
+        self.set_grads(1.0)
+
+    def set_grads(self, scale: float) -> None:
+        for grads in self._gradients:
+            _fill(grads, self._blocks[1] * scale)
+        self._attach()
+
+    def move_grads(self) -> None:
+        """The same gradients at other addresses."""
+        self._gradients.reverse()
+        self._attach()
+
+    def _attach(self) -> None:
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+
+    def sampled(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Elements of tensors shaped like the parameters, one after the other, as doubles on the CPU."""
+        flat = [tensor.detach().reshape(-1) for tensor in tensors]
+        parts = [t if index is None else t[index] for t, index in zip(flat, self._indices, strict=True)]
+        return torch.cat(parts).to("cpu", torch.float64)
+
+
+@functools.cache
+def _random_block(seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Of either sign, magnitudes from 1/8 to 1/2: nothing vanishes in float16, and no zero makes it fast."""
+    random = torch.Generator().manual_seed(seed)
+    block = torch.rand(_BLOCK, generator=random) * 0.375 + 0.125
+    signs = torch.randint(0, 2, (_BLOCK,), generator=random) * 2 - 1
+    return (block * signs).to(device=device, dtype=dtype)
+
+
+def _fill(tensors: Sequence[torch.Tensor], block: torch.Tensor) -> None:
+    for number, tensor in enumerate(tensors):
+        flat, start = tensor.view(-1), number * 4099 % (_BLOCK // 2)
+        for begin in range(0, flat.numel(), _BLOCK // 2):
+            piece = flat[begin : begin + _BLOCK // 2]
+            piece.copy_(block[start : start + piece.numel()])
+
+
+def _evenly_spaced(elements: int, device: str) -> torch.Tensor | None:
+    if elements <= SAMPLED:
+        return None
+    steps = torch.arange(SAMPLED, dtype=torch.int64)
+    return (steps * (elements - 1) // (SAMPLED - 1)).to(device)
+
+
+# ---- what has to come out ----------------------------------------------------------------------
+
+
+def reference(workload: Workload) -> dict[str, torch.Tensor]:
+    """Values and slots after the steps that are checked: torch's loop in double, on the sampled elements."""
+    case, rule = workload.case, cases.RULES[workload.case.rule]
+    workload.reset()
+    p = torch.nn.Parameter(workload.sampled(workload.params))
+    settings = {"lr": LEARNING_RATE, **rule.settings}
+    optimizer = getattr(torch.optim, rule.torch_class)([p], foreach=False, **settings)
+    for scale in GRADIENT_SCALES:
+        workload.set_grads(scale)
+        clip = min(1.0, workload.max_norm / (_norm(workload.grads) + 1e-6)) if case.operation == "clip" else 1.0
+        p.grad = workload.sampled(workload.grads) * clip
+        optimizer.step()
+    return {"value": p.detach(), **{slot: optimizer.state[p][slot] for slot in rule.slots}}
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return math.hypot(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in tensors))
+
+
+def worst_ulps(workload: Workload, expected: dict[str, torch.Tensor], call: Any, optimizer: Any) -> float:
+    """Takes the steps that are checked; the largest error, in units in the last place and by step."""
+    workload.reset()
+    for scale in GRADIENT_SCALES:
+        workload.set_grads(scale)
+        call()
+    state = getattr(optimizer, "state", {})
+    errors = [_ulps(workload, workload.params, expected["value"])]
+    for slot, value in expected.items():
+        tensors = [state.get(p, {}).get(slot) for p in workload.params]
+        if all(torch.is_tensor(t) and t.shape == p.shape for t, p in zip(tensors, workload.params, strict=True)):
+            errors.append(_ulps(workload, tensors, value))
+    return max(errors)
+
+
+def _ulps(workload: Workload, tensors: Sequence[torch.Tensor], expected: torch.Tensor) -> float:
+    error = (workload.sampled(tensors) - expected).abs().max().item()
+    unit = torch.finfo(workload.params[0].dtype).eps * expected.abs().max().item()
+    ulps = error / unit / len(GRADIENT_SCALES)
+    return ulps if math.isfinite(ulps) else math.inf
+
+
+def allowed_ulps(case: cases.Case) -> float:
+    """Of an error, in units in the last place of the largest element, a step: docs/benchmarking.md.
+
+    torch sums the norm for clipping in float32, and we in double.
+    """
+    norm = 64 * 2.0**-23 / torch.finfo(getattr(torch, case.dtype)).eps if case.operation == "clip" else 0.0
+    return 2.0 + norm
