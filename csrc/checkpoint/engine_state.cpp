@@ -307,6 +307,7 @@ void EngineLoader::make_room() {
       DeviceRecord& device = *engine_.devices_[i];
       growths_.push_back(device.store->grow(std::move(wanted[i]), stream_for(device)));
     }
+    if (transfers_.empty()) return;
     for (const auto& device : engine_.devices_) device->backend->begin_writing(stream_for(*device));
   });
 }
