@@ -112,9 +112,9 @@ TEST(Failure, OfACallLeavesTheOlderFile) {
     if (existing) save(file, numbered(1));
     for (const auto& [call, nth, error, text] : failures) {
       if (!existing && call == std::string("fchmod")) continue;
-      system_calls::failing(call, nth, error, false, [&] {
+      system_calls::failing(call, nth, error, false, [&, &expected = text] {
         EXPECT_EQ(problem_of_saving(file, numbered(2)),
-                  "file '" + file.string() + "': " + std::string(text));
+                  "file '" + file.string() + "': " + std::string(expected));
       });
       EXPECT_EQ(directory.entries().size(), existing ? 1u : 0u) << call;
       if (!existing) continue;

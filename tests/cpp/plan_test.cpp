@@ -43,6 +43,7 @@ class PaperBackend final : public Backend {
   Control read_control() override { return {}; }
   const void* read(const void* from, std::size_t, void*) override { return from; }
   void end_reading() noexcept override {}
+  void begin_writing(void*) override {}
   void write(void*, const void*, std::size_t, void*) override {}
   void clear(void*, std::size_t, void*) override {}
   double read_scalar(const void*, bool, void*) override { return 0; }

@@ -435,7 +435,7 @@ BAD_DICTS = {
     "step < 0": (in_state("step", -1), {}, "parameter 'head.bias': step must be a whole number >= 0, got -1"),
     "slot": (in_state("exp_avg", 3), {}, "parameter 'head.bias', 'exp_avg' is a int, which is not saved or loaded"),
     "object": (in_state("exp_avg", Odd()), {}, "parameter 'head.bias', 'exp_avg' is no array: no array"),
-    "big-endian": (in_state("exp_avg", numpy.ones(4, ">f4")), {}, "head.bias.* is of >f4, expected float32"),
+    "big-endian": (in_state("exp_avg", numpy.ones(4, ">f4")), {}, "head.bias.* has dtype >f4, expected float32"),
     "bfloat16": (in_state("exp_avg", torch.ones(4).bfloat16()), {}, "parameter 'head.bias', 'exp_avg' is no array: "),
     "shape": (in_state("exp_avg", numpy.zeros(5, "f4")), {}, r"  head.bias shape saved \[5\] here \[4\]"),
     "few names": (edited(lambda given: None), {"saved_names": NAMES[:4]}, "saved_names: there are 4 for 6 parameters"),
@@ -483,7 +483,7 @@ def test_bad_files_change_nothing(kind, fresh, tmp_path):
         bad = fusestep.optim.Adam(parameters)
         bad.param_groups[0]["lr"] = -1.0
         bad.save(path)
-        error, message = fusestep.InvalidArgument, "group '0': lr must be >= 0, got -1"
+        message = "group '0': lr must be >= 0, got -1"
     with pytest.raises(error, match=message):
         optimizer.load(path, **options)
     assert_same(everything(arrays, optimizer), expected)
