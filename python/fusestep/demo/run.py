@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     results["seconds"] = round(time.monotonic() - start, 1)
     what = f"{options.optimizer} on {_where(device)}"
     page.write(out / "report.html", what, records, results["good"], _sentence(results), changes)
-    say(f"{'Good' if results['good'] else 'NOT GOOD'}: {_sentence(results)}")
+    say(_indented(f"{'Good' if results['good'] else 'NOT GOOD'}: {_sentence(results)}", 0))
     say(f"{results['seconds']} s, report: {out / 'report.html'}")
     return results
 
