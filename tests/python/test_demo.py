@@ -36,7 +36,9 @@ def test_demo(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")  # no progress bars: stderr is no terminal
     assert "ValueError: loaded state dict has a different number of parameter groups" in done.stdout
     assert re.search(r"^    matching    2     head.weight, head.bias$", done.stdout, re.MULTILINE)
-    assert re.search(r"\nGood: losses differ by [^\n]+\n[^\n]+\n[0-9.]+ s, report: build/demo/report.html\n\Z", done.stdout)
+    assert re.search(
+        r"\nGood: losses differ by [^\n]+\n[^\n]+\n[0-9.]+ s, report: build/demo/report.html\n\Z", done.stdout
+    )
     assert max(map(len, done.stdout.splitlines())) <= 80
     out = tmp_path / "build" / "demo"
     for phase in demo.PHASES:
