@@ -290,6 +290,19 @@ def test_what(name, form, tmp_path):
         assert [key for key in NAMES if resumed._core.frozen(key)] == ["scale" if what == "all" else "head.bias"]
 
 
+@pytest.mark.parametrize("how", ["load", "load_state_dict"])
+def test_dicts_that_do_not_know_what_was_frozen_leave_it(how):
+    """torch's."""
+    _, before = trained("Adam")
+    before.freeze("scale")
+    given = before.state_dict()
+    given["param_groups"][0].pop("frozen")
+    resumed = optimizer_of("Adam", model())
+    resumed.freeze("head.bias")
+    getattr(resumed, how)(given)
+    assert [key for key in NAMES if resumed._core.frozen(key)] == ["head.bias"]
+
+
 def test_frozen_and_never_stepped(name, tmp_path):
     arrays = model()
     optimizer = optimizer_of(name, arrays)

@@ -402,6 +402,11 @@ def test_numbers_where_nobody_has_names(name, tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "plain")
     named.load(tmp_path / "plain", saved_names=list(fresh))
     support.assert_bits(state_only(contents(fresh, named)), state_only(contents(parameters, optimizer)))
+    # One that has never stepped has no tensors, and the others keep their numbers.
+    safetensors.torch.save_file({key: v for key, v in tensors.items() if key[0] in "24"}, tmp_path / "plain")
+    named = optimizer_of(name, model())
+    report = named.load(tmp_path / "plain", strict=False, saved_names=list(fresh))
+    assert report.loaded == [NAMES[2], NAMES[4]]
 
 
 def test_state_dict_by_names(name):
@@ -1505,6 +1510,9 @@ for call in (lambda: optimizer.save(sys.argv[1] + "x"), lambda: optimizer.load(o
     with pytest.raises(fusestep.InvalidArgument, match="'p' is distributed: use torch.distributed.checkpoint"):
         call()
 optimizer.load_state_dict(optimizer.state_dict())
+plain = fusestep.optim.Adam([("p", torch.nn.Parameter(torch.ones(4, 2)))])
+with pytest.raises(fusestep.InvalidArgument, match="parameter 'p', 'exp_avg' is distributed: use torch.distrib"):
+    plain.load(optimizer.state_dict())
 dist.destroy_process_group()
 """
 
