@@ -58,8 +58,9 @@ OPERATIONS = {
     "load": "state from a file",
     "host": "a step of small tensors, nothing changed since the last one",
     "moved": "a step of small tensors, all gradients at other addresses than in the last one",
+    "dtensor": "a step of small DTensors, sharded over a mesh of this process alone",
 }
-HOST_OPERATIONS = ("host", "moved")
+HOST_OPERATIONS = ("host", "moved", "dtensor")
 STATE_OPERATIONS = ("save", "load")
 
 
@@ -135,8 +136,8 @@ def product(
         yield Case(rule, dtype, model, count, operation)
 
 
-def _host(rules, counts):
-    return product(rules, models=[f"{count}x6" for count in counts], operations=HOST_OPERATIONS)
+def _host(rules, counts, operations=("host", "moved")):
+    return product(rules, models=[f"{count}x6" for count in counts], operations=operations)
 
 
 def quick() -> Iterator[Case]:
@@ -161,6 +162,7 @@ def standard(device: str) -> Iterator[Case]:
         yield from product(("adam", "sgd_momentum", "rmsprop_momentum_centered"), models=("gpt2_xl",))
         yield from product(("adam",), models=("resnet152", "gpt2_xl"), operations=("clip", "scaler"))
     yield from _host(("adam", "sgd_momentum"), (1, 10, 100, 1000, 10_000))
+    yield from _host(("adam",), (100, 1000), operations=("dtensor",))
 
 
 def full() -> Iterator[Case]:
@@ -169,7 +171,7 @@ def full() -> Iterator[Case]:
         dtypes=("float32", "bfloat16"), models=models(), groups=(1, 8), operations=("step", "clip", "scaler")
     )
     yield from product(models=("resnet50", "resnet152"), operations=("zero_grad", "save", "load"))
-    yield from _host(RULES, (1, 10, 100, 1000, 10_000))
+    yield from _host(RULES, (1, 10, 100, 1000, 10_000), HOST_OPERATIONS)
 
 
 def chosen(options: Any) -> list[Case]:
