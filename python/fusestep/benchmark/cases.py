@@ -144,7 +144,7 @@ _BESIDE_A_STEP = ("clip", "scaler", "zero_grad", "save", "load")
 
 
 def quick() -> Iterator[Case]:
-    """Within a minute on two quiet cores."""
+    """Chosen for a minute on two quiet cores."""
     yield from product(("adam", "sgd_momentum", "rmsprop"))
     yield from product(("adamw",), dtypes=("bfloat16",))
     yield from product(("adam",), models=("1000x1000",))
@@ -154,7 +154,7 @@ def quick() -> Iterator[Case]:
 
 
 def standard(device: str) -> Iterator[Case]:
-    """Six to eight minutes on two quiet cores."""
+    """Chosen for six to eight minutes on two quiet cores."""
     yield from product()
     yield from product(("adamw", "sgd_momentum", "rmsprop"), dtypes=("bfloat16",))
     yield from product(("adam",), models=("resnet152",), groups=(1, 8))
