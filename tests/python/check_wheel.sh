@@ -51,7 +51,9 @@ import numpy
 
 import fusestep
 
-assert {"py.typed", "_core.pyi"} <= {path.name for path in pathlib.Path(fusestep.__file__).parent.iterdir()}
+package = pathlib.Path(fusestep.__file__).parent
+assert {"py.typed", "_core.pyi"} <= {path.name for path in package.iterdir()}
+assert (package / "benchmark" / "shapes.json").exists()
 w = numpy.ones(100_000, numpy.float32)
 optimizer = fusestep.Optimizer("Adam", {"w": w}, lr=0.5, amsgrad=True)
 for _ in range(2):

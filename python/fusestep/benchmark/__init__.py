@@ -19,7 +19,7 @@ LEAST_ROUNDS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options. Nothing here imports torch."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a small selection, within a minute on a quiet machine")
+    parser.add_argument("--quick", action="store_true", help="a small selection, for about a minute on a quiet machine")
     parser.add_argument("--full", action="store_true", help="everything: hours on a CPU")
     for name, example in (
         ("models", "resnet152,gpt2,tiny10k,100x64"),

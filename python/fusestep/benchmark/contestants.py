@@ -18,7 +18,7 @@ import torch
 import fusestep
 import fusestep.optim
 
-from .cases import DTYPES, HOST_OPERATIONS, RULES, Case, Rule
+from .cases import DTYPES, RULES, Case, Rule
 from .workload import LEARNING_RATE, Workload, allowed_ulps, worst_ulps
 
 OURS = "fusestep"
@@ -56,22 +56,22 @@ def _torch(**how: bool) -> Callable:
 def _apex(rule: Rule, groups: Any) -> Any:
     optimizers = _installed("apex.optimizers")
     if groups[0][0].device.type != "cuda":
-        raise LeftOut("apex has optimizers for CUDA alone")
+        raise LeftOut("its optimizers are for CUDA alone")
     settings = {**rule.settings, "lr": LEARNING_RATE}
     if rule.torch_class in ("Adam", "AdamW") and "amsgrad" not in settings:
         settings.setdefault("weight_decay", 1e-2 if rule.torch_class == "AdamW" else 0.0)
         return optimizers.FusedAdam(_groups(groups), adam_w_mode=rule.torch_class == "AdamW", **settings)
     if rule.torch_class == "SGD":
         return optimizers.FusedSGD(_groups(groups), **settings)
-    raise LeftOut("apex does not have the rule")
+    raise LeftOut("it does not have the rule")
 
 
 def _deepspeed(rule: Rule, groups: Any) -> Any:
     adam = _installed("deepspeed.ops.adam")
     if groups[0][0].device.type != "cpu":
-        raise LeftOut("DeepSpeedCPUAdam is for the CPU")
+        raise LeftOut("its Adam is for the CPU")
     if rule.torch_class not in ("Adam", "AdamW") or "amsgrad" in rule.settings:
-        raise LeftOut("DeepSpeedCPUAdam does not have the rule")
+        raise LeftOut("its Adam for the CPU does not have the rule")
     decoupled = rule.torch_class == "AdamW"
     settings = {"weight_decay": 1e-2 if decoupled else 0.0, **rule.settings}
     return adam.DeepSpeedCPUAdam(_groups(groups), lr=LEARNING_RATE, adamw_mode=decoupled, **settings)
@@ -81,7 +81,7 @@ def _bitsandbytes(rule: Rule, groups: Any) -> Any:
     optim = _installed("bitsandbytes.optim")
     offered = (RULES["adam"], RULES["adamw"], RULES["sgd_momentum"], RULES["rmsprop"])
     if rule not in offered:
-        raise LeftOut("bitsandbytes does not have the rule")
+        raise LeftOut("it does not have the rule")
     settings = {"weight_decay": 1e-2 if rule.torch_class == "AdamW" else 0.0, **rule.settings}
     return getattr(optim, rule.torch_class)(_groups(groups), lr=LEARNING_RATE, optim_bits=32, **settings)
 
@@ -91,10 +91,10 @@ def _installed(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        reason = "is not installed" if (error.name or "").partition(".")[0] == package else f"needs {error.name}"
+        reason = "not installed" if (error.name or "").partition(".")[0] == package else f"it needs {error.name}"
     except Exception as error:  # whatever another package's import may raise
-        reason = f"cannot be imported: {_first_line(error)}"
-    raise LeftOut(f"{package} {reason}")
+        reason = f"it cannot be imported: {_first_line(error)}"
+    raise LeftOut(reason)
 
 
 def _first_line(error):
@@ -139,27 +139,33 @@ def labels(case: Case) -> list[str]:
         return [OURS, "torch.save", "torch.save, fsync"]
     if case.operation == "load":
         return [OURS, "torch.load"]
-    if case.operation == "step" or case.operation in HOST_OPERATIONS:
+    if case.operation in ("step", "host", "moved"):
         return list(FACTORIES)
     own = [label for label in FACTORIES if label == OURS or label.startswith("torch")]
     return [*own, ARRAYS] if case.operation == "clip" else own
 
 
+def entered(label: str, workload: Workload, folder: pathlib.Path, expected: Any) -> tuple[Entry, float]:
+    """The contestant, ready to be timed, and its error in ulps. Raises LeftOut."""
+    try:
+        entry = enter(label, workload, folder)
+        return entry, entry.check(expected)
+    except (LeftOut, torch.cuda.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever another library may raise
+        if label in (OURS, ARRAYS):
+            raise
+        raise LeftOut(f"it refuses: {_first_line(error)}") from error
+
+
 def enter(label: str, workload: Workload, folder: pathlib.Path) -> Entry:
-    """The contestant, ready to be checked. Raises LeftOut."""
+    """The contestant, ready to be checked."""
     case = workload.case
     if case.operation in ("save", "load"):
         return _file_entry(label, workload, folder)
     if label == ARRAYS:
         return _arrays_entry(workload)
-    try:
-        optimizer = FACTORIES[label](RULES[case.rule], workload.groups)
-    except (LeftOut, torch.cuda.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # whatever another library's constructor may raise
-        if label == OURS:
-            raise
-        raise LeftOut(f"{label} refuses: {_first_line(error)}") from error
+    optimizer = FACTORIES[label](RULES[case.rule], workload.groups)
     call = _CALLS.get(case.operation, _step)(optimizer, workload, label)
     check = (
         _all_zero(workload, call) if case.operation == "zero_grad" else _same_as_reference(workload, call, optimizer)

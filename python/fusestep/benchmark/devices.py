@@ -38,7 +38,7 @@ class Cpu:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._scratch = torch.ones(8 << 20)
+        self._scratch = torch.ones(8 << 20, device="cpu")
 
     @contextlib.contextmanager
     def in_use(self, threads: int | None = None) -> Iterator[None]:
@@ -65,7 +65,7 @@ class Cpu:
 
     def roof(self) -> Roof:
         elements = _not_too_many(self.roof_elements, self.free_bytes())
-        x, y = torch.full((elements,), 1e-3), torch.ones(elements)
+        x, y = (torch.full((elements,), value, device="cpu") for value in (1e-3, 1.0))
         return Roof(lambda: y.add_(x, alpha=0.999), 12 * elements)
 
     def sample(self, call: Call) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 
 from . import cases, workload
 from .cases import HOST_OPERATIONS, STATE_OPERATIONS, Case
-from .contestants import OURS, Entry, LeftOut, enter, labels, needed_bytes
+from .contestants import OURS, Entry, LeftOut, entered, labels, needed_bytes
 from .devices import Roof
 
 WARM_UP = 2  # calls, besides those that are checked
@@ -90,7 +90,7 @@ class _NoBar:
 def _measure_case(case, device, roof, rounds, folder, results, bar):
     _refuse_what_does_not_fit(case, device)
     on_host = case.operation in HOST_OPERATIONS
-    with device.in_use(threads=1 if on_host else None):
+    with device.in_use(threads=1 if on_host else None), workload.process_group(case):
         tensors = workload.Workload(case, device.name)
         entries, ulps = _checked(case, tensors, folder, results)
         if case.operation not in HOST_OPERATIONS + STATE_OPERATIONS:
@@ -119,8 +119,7 @@ def _checked(case, tensors, folder, results):
     entries, ulps = [], {}
     for label in labels(case):
         try:
-            entry = enter(label, tensors, folder)
-            ulps[label] = entry.check(expected)
+            entry, ulps[label] = entered(label, tensors, folder, expected)
             entries.append(entry)
         except LeftOut as why:
             results.leave_out(case.name, label, why)

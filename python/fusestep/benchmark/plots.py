@@ -162,7 +162,7 @@ def _bars(axes, lines, rows):
 
 def host_time(rows, context):
     """A panel for each rule; dashed where all gradients have moved."""
-    rows = [row for row in rows if clock_of(row) == "host_us"]
+    rows = [row for row in rows if row["operation"] in ("host", "moved")]
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     if not rules:
         return None

@@ -19,6 +19,7 @@ _TITLES = {
     "load": "State from a file",
     "host": "Host time, nothing changed since the last step",
     "moved": "Host time, all gradients at other addresses than in the last step",
+    "dtensor": "Host time, DTensors",
 }
 
 
@@ -49,7 +50,7 @@ def cases_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, An
 
 
 def clock_of(row: dict[str, Any]) -> str:
-    return "host_us" if row["operation"] in ("host", "moved") else "wall_us"
+    return "host_us" if row["operation"] in ("host", "moved", "dtensor") else "wall_us"
 
 
 def best_other(own: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from ..dtensor import local
 from . import cases
 
 LEARNING_RATE = 1.0  # large enough for a small error to show in bfloat16
@@ -26,8 +28,9 @@ class Workload:
     def __init__(self, case: cases.Case, device: str) -> None:
         self.case = case
         dtype = getattr(torch, case.dtype)
-        shapes = cases.shapes(case.model)
-        self.params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes]
+        place = _shard_of(device) if case.operation == "dtensor" else lambda tensor: tensor
+        empty = [place(torch.empty(shape, dtype=dtype, device=device)) for shape in cases.shapes(case.model)]
+        self.params = [torch.nn.Parameter(tensor) for tensor in empty]
         self._gradients = [self._empty_gradients() for _ in range(2 if case.operation == "moved" else 1)]
         self._blocks = [_random_block(seed, dtype, device) for seed in (1, 2)]
         self._indices = [_evenly_spaced(p.numel(), device) for p in self.params]
@@ -68,23 +71,45 @@ class Workload:
 
     def sampled(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Elements of tensors shaped like the parameters, one after the other, as doubles on the CPU."""
-        flat = [tensor.detach().reshape(-1) for tensor in tensors]
+        flat = [local(tensor.detach()).reshape(-1) for tensor in tensors]
         parts = [t if index is None else t[index] for t, index in zip(flat, self._indices, strict=True)]
         return torch.cat(parts).to("cpu", torch.float64)
+
+
+def _shard_of(device: str) -> Any:
+    """What makes a DTensor of a tensor, as ranks hold them after fully_shard."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = torch.distributed.init_device_mesh(device, (torch.distributed.get_world_size(),))
+    return lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+
+
+@contextlib.contextmanager
+def process_group(case: cases.Case) -> Iterator[None]:
+    """One of this process alone, where the case needs it and there is none."""
+    if case.operation != "dtensor" or torch.distributed.is_initialized():
+        yield
+        return
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @functools.cache
 def _random_block(seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     """Of either sign, magnitudes from 1/8 to 1/2: nothing vanishes in float16, and no zero makes it fast."""
-    random = torch.Generator().manual_seed(seed)
-    block = torch.rand(_BLOCK, generator=random) * 0.375 + 0.125
-    signs = torch.randint(0, 2, (_BLOCK,), generator=random) * 2 - 1
+    random = torch.Generator("cpu").manual_seed(seed)
+    block = torch.rand(_BLOCK, generator=random, device="cpu") * 0.375 + 0.125
+    signs = torch.randint(0, 2, (_BLOCK,), generator=random, device="cpu") * 2 - 1
     return (block * signs).to(device=device, dtype=dtype)
 
 
 def _fill(tensors: Sequence[torch.Tensor], block: torch.Tensor) -> None:
     for number, tensor in enumerate(tensors):
-        flat, start = tensor.view(-1), number * 4099 % (_BLOCK // 2)
+        flat, start = local(tensor).view(-1), number * 4099 % (_BLOCK // 2)
         for begin in range(0, flat.numel(), _BLOCK // 2):
             piece = flat[begin : begin + _BLOCK // 2]
             piece.copy_(block[start : start + piece.numel()])
@@ -93,7 +118,7 @@ def _fill(tensors: Sequence[torch.Tensor], block: torch.Tensor) -> None:
 def _evenly_spaced(elements: int, device: str) -> torch.Tensor | None:
     if elements <= SAMPLED:
         return None
-    steps = torch.arange(SAMPLED, dtype=torch.int64)
+    steps = torch.arange(SAMPLED, dtype=torch.int64, device="cpu")
     return (steps * (elements - 1) // (SAMPLED - 1)).to(device)
 
 
@@ -116,7 +141,7 @@ def reference(workload: Workload) -> dict[str, torch.Tensor]:
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
-    return math.hypot(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in tensors))
+    return math.hypot(*(torch.linalg.vector_norm(local(t), dtype=torch.float64).item() for t in tensors))
 
 
 def worst_ulps(workload: Workload, expected: dict[str, torch.Tensor], call: Any, optimizer: Any) -> float:
