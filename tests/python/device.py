@@ -35,17 +35,20 @@ def _load(name, path):
 def _simulate(path):
     """Simulated work is done where a program would see it: after each step, before torch reads its tensors."""
     core = _load("fusestep._core", path)
-    step = core.TorchStepper.step
+    for name in ("step", "copy_grad_norm"):
+        setattr(core.TorchStepper, name, _synchronised(getattr(core.TorchStepper, name)))
+    return _load("_cuda_sim", path)
 
-    def synchronised_step(self, *arguments):
+
+def _synchronised(method):
+    def synchronised(*arguments):
         try:
-            step(self, *arguments)
+            return method(*arguments)
         finally:
             if _is_synchronised:
                 synchronize()
 
-    core.TorchStepper.step = synchronised_step
-    return _load("_cuda_sim", path)
+    return synchronised
 
 
 if KIND == "cuda":
