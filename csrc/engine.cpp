@@ -268,8 +268,8 @@ void Engine::stage(int index, void* stream, int norm_parts) {
     device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
-    tables.changed_rows = refresh_rows(device.plan, device.changed_grads, *device.backend, groups_,
-                                       parameters_, device.stores_grads);
+    tables.changed_rows =
+        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
   if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);
