@@ -106,11 +106,11 @@ void check_settings(const detail::Description& saved) {
 }
 
 std::string match_state(const std::string& saved, const std::string& here, const std::string& what,
-                        bool convert, bool values) {
+                        bool convert, bool values, bool other_slots) {
   const auto read = [](const std::string& text) {
     return detail::description_from_json(detail::parse_json(text, "description"));
   };
-  const detail::MatchOptions options{what_named(what), convert, values, false};
+  const detail::MatchOptions options{what_named(what), convert, values, other_slots, false};
   const detail::Description description = read(saved);
   if (options.what != LoadWhat::kState) check_settings(description);
   const detail::Match matched = detail::match(description, read(here), options);
@@ -200,7 +200,7 @@ void bind_state_files(py::module_& m) {
           py::call_guard<py::gil_scoped_release>())
       .def("commit", &StateFileWriter::commit, py::call_guard<py::gil_scoped_release>());
   m.def("match_state", &match_state, py::arg("saved"), py::arg("here"), py::arg("what"),
-        py::arg("convert"), py::arg("values"));
+        py::arg("convert"), py::arg("values"), py::arg("other_slots"));
   m.def("check_user_metadata", &detail::check_user_metadata, py::arg("metadata"));
 }
 

@@ -192,7 +192,7 @@ Match EngineLoader::match_or_refuse(const StateSource& source, const Description
   Match matched;
   try {
     matched = match(saved, here.description(),
-                    {options_.what, options_.convert, options_.values, by_position});
+                    {options_.what, options_.convert, options_.values, false, by_position});
     if (options_.what != LoadWhat::kState) read_settings(saved, matched.settings);
   } catch (const InvalidArgument& error) {
     source.refuse(error.what());

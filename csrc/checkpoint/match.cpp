@@ -198,7 +198,7 @@ class Matcher {
   }
 
   /// All of a parameter's state, or nothing of it where something does not fit. A slot no variant
-  /// of the rule has is passed over, one that is missing starts at zero.
+  /// of the rule has is the user's own: no step needs it. One that is missing starts at zero.
   void take_state(Match::Pair& pair) {
     const ParameterDescription& from = saved(pair);
     const ParameterDescription& to = here(pair);
@@ -225,8 +225,8 @@ class Matcher {
         check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
       } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
-      } else {
-        result_.report.unexpected.push_back(text);
+      } else if (!options_.other_slots) {
+        result_.report.left_out.push_back(text);
         continue;
       }
       pair.slots.push_back(name);

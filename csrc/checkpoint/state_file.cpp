@@ -7,6 +7,7 @@
 #include <optional>
 #include <set>
 
+#include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
 
 namespace fusestep::detail {
@@ -61,6 +62,16 @@ std::optional<TensorName> split(const std::string& name) {
 bool is_step_of_plain_file(const TensorInfo& tensor, const std::string& slot) {
   const auto is_one = [](std::int64_t extent) { return extent == 1; };
   return slot == "step" && std::all_of(tensor.shape.begin(), tensor.shape.end(), is_one);
+}
+
+/// Slots of the user's own may have any shape.
+bool is_like_value(const std::string& slot) {
+  if (slot == "value") return true;
+  bool found = false;
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (const std::string_view name : rule_info(rule).slots) found = found || name == slot;
+  }
+  return found;
 }
 
 void check_utf8(const std::string& name, const std::string& what) {
@@ -167,7 +178,7 @@ void StateFileReader::describe_by_names() {
     ParameterDescription& parameter = description_.parameters[found->second];
     if (is_step_of_plain_file(tensor, name->slot)) {
       parameter.step = read_step(i);
-    } else if (parameter.value.dtype.empty() || name->slot == "value") {
+    } else if (parameter.value.dtype.empty() || is_like_value(name->slot)) {
       parameter.value = {torch_dtype(tensor.dtype), tensor.shape};
     }
   }
