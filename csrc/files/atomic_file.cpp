@@ -17,6 +17,7 @@
 #include <string_view>
 
 #include "fusestep/error.h"
+#include "tuning.h"
 
 namespace fusestep::detail {
 namespace {
@@ -158,8 +159,24 @@ bool AtomicFile::create_temporary_and_lock_it(const std::string& name, mode_t pe
   return false;
 }
 
+/// Has the disk begin with what was written in a row before, without waiting for it; otherwise it
+/// would rest until commit(), which is where errors come out.
+void AtomicFile::start_write_back(std::uint64_t begin, std::uint64_t end) {
+  const std::uint64_t unsent = unsent_end_ - unsent_begin_;
+  if (unsent >= kWriteBackBytes) {
+#if defined(SYNC_FILE_RANGE_WRITE)
+    sync_file_range(file_.get(), static_cast<off64_t>(unsent_begin_), static_cast<off64_t>(unsent),
+                    SYNC_FILE_RANGE_WRITE);
+#endif
+    unsent_begin_ = unsent_end_;
+  }
+  if (begin != unsent_end_) unsent_begin_ = begin;
+  unsent_end_ = end;
+}
+
 void AtomicFile::write_at(std::uint64_t offset, const void* data, std::size_t bytes) {
   const auto* from = static_cast<const char*>(data);
+  start_write_back(offset, offset + bytes);
   while (bytes > 0) {
     // Some systems refuse more than 2 GiB in a call.
     const std::size_t asked = std::min(bytes, std::size_t{1} << 30);

@@ -42,12 +42,14 @@ class AtomicFile {
   std::optional<mode_t> target_permissions() const;
   void create_temporary();
   bool create_temporary_and_lock_it(const std::string& name, mode_t permissions);
+  void start_write_back(std::uint64_t begin, std::uint64_t end);
   void remove_temporary() noexcept;
   void remove_left_over() const noexcept;
 
   const std::filesystem::path path_;    // as the caller has it, for messages
   const std::filesystem::path target_;  // without symbolic links
   FileDescriptor directory_, file_;
+  std::uint64_t unsent_begin_ = 0, unsent_end_ = 0;  // written, and not on its way to the disk
   std::string temporary_;  // its name in the directory; empty: there is none
 };
 
