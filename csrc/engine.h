@@ -37,6 +37,7 @@ struct DeviceRecord {
   bool members_changed = false;  // who steps, with which rule, or where values and slots are
   bool norm_blocks_staged = false;
   bool hypers_changed = false;
+  bool stores_grads = false;        // the plan's kernels do
   std::vector<int> changed_grads;   // parameters of the plan whose gradient is at another address
   std::vector<MemoryRange> ranges;  // values and slots, sorted
   bool ranges_are_known = false;
@@ -99,6 +100,8 @@ class Engine {
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
   std::int64_t skipped_steps();
+  bool can_store_grads() const;
+  void refresh_master_weights(std::span<const Stream> streams);
   void refuse_if_broken() const;
 
   /// A save in the background. Waiting for it throws what it has thrown.
@@ -113,10 +116,13 @@ class Engine {
 
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
+  void refuse_if_grads_cannot_be_stored() const;
   void refresh(std::span<const Stream> streams, int norm_parts);
   void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
+  void choose_kernels(const StepOptions& options);
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);
+  void fill_master(const ParameterRecord& parameter, const Slot& master, void* stream);
   void stage(int device, void* stream, int norm_parts);
   void sum_squares(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);

@@ -29,7 +29,7 @@ struct Prepare {
     const int tensor = static_cast<int>(block) * kThreads + static_cast<int>(thread);
     if (decision.skip || tensor >= tensors) return;
     const PrepareRow row = rows[tensor];
-    const StepState state = prepare_tensor(row, hypers[row.group], decision.grad_multiplier,
+    const StepState state = prepare_tensor(row, hypers[row.group], decision,
                                            state_before(row, states), scalars[tensor]);
     write_state_after(row, state, states);
   }
