@@ -229,7 +229,8 @@ class Matcher {
       } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
       } else if (!options_.other_slots) {
-        result_.report.left_out.push_back(text);
+        auto& list = name == kMasterWeight ? result_.report.unexpected : result_.report.left_out;
+        list.push_back(text);
         continue;
       }
       pair.slots.push_back(name);

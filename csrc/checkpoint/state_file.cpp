@@ -235,11 +235,27 @@ std::size_t StateFileReader::tensor(int parameter, const std::string& slot) cons
   return tensors_.at({parameter, slot});
 }
 
-void StateFileReader::read(int parameter, const std::string& slot, const TakePiece& take) {
-  file_.read_all(tensor(parameter, slot), take);
+std::uint64_t StateFileReader::bytes(int parameter, const std::string& slot) const {
+  return file_.tensors()[tensor(parameter, slot)].bytes();
 }
 
-void StateFileReader::verify(int parameter, const std::string& slot) {
+void StateFileReader::read(int parameter, const std::string& slot, ByteRange range,
+                           const TakePiece& take) {
+  std::uint64_t done = 0;
+  file_.read_all(tensor(parameter, slot), [&](const void* data, std::size_t bytes) {
+    const std::uint64_t begin = std::clamp<std::uint64_t>(range.begin, done, done + bytes);
+    const std::uint64_t end = std::clamp<std::uint64_t>(range.end, done, done + bytes);
+    if (begin < end) take(static_cast<const std::byte*>(data) + (begin - done), end - begin);
+    done += bytes;
+  });
+}
+
+void StateFileReader::read_into(int parameter, const std::string& slot, ByteRange range, void* to) {
+  range.end = std::min(range.end, bytes(parameter, slot));
+  file_.read_range(tensor(parameter, slot), range.begin, range.end, to);
+}
+
+void StateFileReader::verify(int parameter, const std::string& slot, ByteRange) {
   file_.verify(tensor(parameter, slot));
 }
 
@@ -288,7 +304,7 @@ void write_file(StateSource& source, const Metadata& more, const std::filesystem
   for (std::size_t i = 0; i < description.parameters.size(); ++i) {
     for (const auto& [slot, tensor] : description.parameters[i].slots) {
       const int parameter = static_cast<int>(i);
-      source.read(parameter, slot, [&, &name = slot](const void* data, std::size_t bytes) {
+      source.read(parameter, slot, {}, [&, &name = slot](const void* data, std::size_t bytes) {
         file.write(parameter, name, data, bytes);
       });
     }

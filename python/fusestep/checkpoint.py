@@ -235,7 +235,7 @@ class _Snapshot:
             self._add(index, described, parameters[index], optimizer.state.get(parameters[index], {}), values)
 
     def _add(self, index, described, p, own, values):
-        found = state.describe_state(described["name"], own, ())
+        found = state.describe_state(described["name"], own)
         described |= {key: found[key] for key in ("step", "slots", "complex_slots") if key in found}
         tensors = {slot: own[slot] for slot in described["slots"]}
         if values:

@@ -334,14 +334,17 @@ def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[st
                 "name": name,
                 "rule": rule,
                 "hyper": encode_settings(group, f"group '{name}'"),
-                "params": [describe_state(next(name_of_next), own, SLOTS[rule]) for own in states],
+                "params": [describe_state(next(name_of_next), own, SLOTS.get(rule)) for own in states],
             }
         )
     return groups
 
 
-def describe_state(name: str, state: Mapping[str, Any], of_rule: Iterable[str]) -> dict[str, Any]:
-    """The description of one parameter's state. dtype and shape are those of the rule's first slot, or unknown."""
+def describe_state(name: str, state: Mapping[str, Any], of_rule: Iterable[str] | None = None) -> dict[str, Any]:
+    """The description of one parameter's state.
+
+    dtype and shape are those of the first slot of the rule (None: whatever it is), or unknown.
+    """
     slots, complex_slots, first = {}, [], None
     for key, value in state.items():
         if key == "step" or value is None:
@@ -350,8 +353,8 @@ def describe_state(name: str, state: Mapping[str, Any], of_rule: Iterable[str]) 
             kind = type(value).__name__
             raise _core.InvalidArgument(f"parameter '{name}', '{key}' is a {kind}, which is not saved or loaded")
         if key == "value":
-            raise _core.InvalidArgument(f"parameter '{name}' has state named 'value', as files name the parameter's own")
-        first = value if first is None and key in of_rule else first
+            raise _core.InvalidArgument(f"parameter '{name}' has state named 'value', as files name its own value")
+        first = value if first is None and (of_rule is None or key in of_rule) else first
         slots[key] = describe_tensor(value)
         if dtype_name(value).startswith("complex"):
             complex_slots.append(key)

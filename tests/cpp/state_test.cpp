@@ -1335,8 +1335,9 @@ class FailingSource final : public detail::StateSource {
       : source_(dict), left_(fail_at), no_memory_(no_memory) {}
   const detail::Description& description() const override { return source_.description(); }
   const Metadata& metadata() const override { return source_.metadata(); }
-  void read(int parameter, const std::string& slot, const detail::TakePiece& take) override {
-    source_.read(parameter, slot, [&](const void* data, std::size_t bytes) {
+  void read(int parameter, const std::string& slot, detail::ByteRange range,
+            const detail::TakePiece& take) override {
+    source_.read(parameter, slot, range, [&](const void* data, std::size_t bytes) {
       const std::size_t half = bytes / 16 * 8;
       count();
       take(data, half);
@@ -1345,7 +1346,7 @@ class FailingSource final : public detail::StateSource {
     });
     count();  // a checksum that differs is known at the end
   }
-  void verify(int, const std::string&) override { count(); }
+  void verify(int, const std::string&, detail::ByteRange) override { count(); }
   bool has_failed() const { return left_ < 0; }
 
  private:

@@ -1133,7 +1133,11 @@ BAD_DICTS = {
     "shape": (in_state("exp_avg", torch.zeros(5)), {}, r"does not fit\n  head.bias shape saved \[5\] here \[4\]"),
     "shape of second": (in_state("exp_avg_sq", torch.zeros(5)), {}, r"  head.bias/exp_avg_sq shape saved \[5\] here"),
     "lost slot": (edited(lambda given: given["state"][3].pop("exp_avg")), {}, "missing     1     head.bias/exp_avg\n?"),
-    "slot named value": (in_state("value", torch.zeros(4)), {}, "'head.bias' has state named 'value', as files name"),
+    "slot named value": (
+        in_state("value", torch.zeros(4)),
+        {},
+        "'head.bias' has state named 'value', as files name its own",
+    ),
     "int": (in_state("exp_avg", torch.zeros(4).int()), {}, "head.bias/exp_avg dtype saved int32 here float32"),
     "no names": (edited(lambda g: g["param_groups"][0].pop("param_names")), {}, "the source has no names of parameter"),
     "few names": (edited(lambda given: None), {"saved_names": NAMES[:4]}, "saved_names: there are 4 for 6 parameters"),
