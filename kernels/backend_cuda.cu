@@ -283,9 +283,9 @@ class CudaBackend final : public Backend {
   void widen(float* to, const void* from, DType dtype, std::int64_t count, void* stream) override {
     if (count == 0) return;
     Work work(*this, stream);
-    cuda_check(launch(Widen{to, from, dtype, count}, blocks_for(count, Widen::kPerBlock),
-                      work.stream()),
-               device_, "launching the widening of values");
+    cuda_check(
+        launch(Widen{to, from, dtype, count}, blocks_for(count, Widen::kPerBlock), work.stream()),
+        device_, "launching the widening of values");
     work.finish();
   }
   double read_scalar(const void* source, bool is_double, void* stream) override {
