@@ -37,8 +37,9 @@ struct ParameterRecord {
   void* step_tensor = nullptr;    // the caller's count, see PrepareRow
   bool step_is_double = false;
   bool frozen = false;
-  bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads
-  int row = -1;             // in the device's plan; -1 if it does not step
+  bool may_lack_grad = false;  // in a captured step; its framework has been asked
+  bool grad_moved = false;     // since the plan was staged: it is in DeviceRecord::changed_grads
+  int row = -1;                // in the device's plan; -1 if it does not step
 
   std::size_t value_bytes() const { return static_cast<std::size_t>(size) * size_of(value.dtype); }
   bool steps() const { return !frozen && grad.present; }
@@ -64,6 +65,7 @@ struct GroupRecord {
   std::vector<int> parameters;
   std::optional<double> initial_lr = {};  // what a schedule multiplies
   std::string kept = {};                  // JSON: what a loaded file said of it and we do not know
+  bool settings_changed = true;           // since they were brought to the devices
 };
 
 /// float64 parameters have float64 slots, float32 ones float32; for the others the group chooses.

@@ -27,7 +27,22 @@ void Engine::write_step(int index, std::int64_t step) {
   }
   StepState state = read_state(index);
   state.step = step;
-  device_of(parameter).given_states[parameter.state] = state;
+  DeviceRecord& device = device_of(parameter);
+  if (device.backend->in_graphs() && parameter.state < device.staged_states) {
+    write_states(device, {{parameter.state, state}});
+    device.given_states.erase(parameter.state);
+  } else {
+    device.given_states[parameter.state] = state;
+  }
+}
+
+/// Graphs read step counts where they lie: those cannot wait for the next step as others do. And a
+/// graph may run on any stream: when this returns they are there.
+void Engine::write_states(DeviceRecord& device, const std::map<int, StepState>& states) {
+  on_device([&] {
+    for (const auto& [state, value] : states) device.backend->write_state(state, value, nullptr);
+    static_cast<void>(device.backend->read_control());
+  });
 }
 
 TensorView Engine::slot(int index, std::string_view name) const {
