@@ -9,6 +9,13 @@
 
 namespace fusestep::detail {
 
+LayoutKey layout_key(const BorrowedGroup& group, const BorrowedTensor& tensor) {
+  GroupOptions options;
+  options.rounding = group.rounding;
+  return {tensor.dtype, tensor.grad_dtype, tensor.slot_dtype, tensor.master != nullptr,
+          extra_of(options, tensor.dtype, tensor.slot_dtype)};
+}
+
 void BorrowedOptimizer::step(std::span<const BorrowedGroup> groups,
                              std::span<const BorrowedTensor> tensors, const StepOptions& options) {
   find_turns(tensors);
@@ -103,11 +110,14 @@ bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
   if (engine_ == nullptr) return false;
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
-    return find_rule(a.hyper) == find_rule(b.hyper);
+    return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding &&
+           a.seed == b.seed;
   };
   const auto same_tensor = [](const BorrowedTensor& a, const BorrowedTensor& b) {
     return a.size == b.size && a.group == b.group && a.device == b.device && a.dtype == b.dtype &&
-           (a.slot_dtype == b.slot_dtype || !a.steps || !b.steps);
+           (!a.steps || !b.steps ||
+            (a.slot_dtype == b.slot_dtype && a.grad_dtype == b.grad_dtype &&
+             (a.master == nullptr) == (b.master == nullptr)));
   };
   return std::equal(groups.begin(), groups.end(), groups_.begin(), groups_.end(), same_group) &&
          std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(), same_tensor);
@@ -127,7 +137,10 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
   memory_is_checked_ = false;  // frameworks share memory where they see fit
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const std::string name = std::to_string(i);
-    groups_.push_back({name, groups[i].hyper, groups[i].lr_source, {}, {}});
+    GroupRecord group{name, groups[i].hyper, groups[i].lr_source, {}, {}};
+    group.options.rounding = groups[i].rounding;
+    group.options.seed = groups[i].seed;
+    groups_.push_back(std::move(group));
   }
   for (const BorrowedTensor& tensor : tensors) {
     const int index = static_cast<int>(parameters_.size());
@@ -137,10 +150,10 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     record.group = tensor.group;
     record.size = tensor.size;
     record.value = {tensor.value, tensor.dtype, {tensor.size}, tensor.device, true};
-    if (!find_layout({tensor.dtype, tensor.dtype, tensor.slot_dtype})) {
-      throw InvalidArgument(where(record) + ": no layout for values of " +
-                            std::string(name_of(tensor.dtype)) + " with slots of " +
-                            std::string(name_of(tensor.slot_dtype)));
+    record.noise_seed = noise_seed(group.options.seed, record.name);
+    const LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
+    if (!find_layout(key)) {
+      throw InvalidArgument(where(record) + ": no layout for values of " + to_string(key));
     }
     record.device = device_index(tensor.device, where(record));
     record.state = devices_[static_cast<std::size_t>(record.device)]->states++;
@@ -166,12 +179,17 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
   const SlotNames names =
       rule_info(find_rule(groups_[static_cast<std::size_t>(parameter.group)].hyper)).slots;
 
-  const bool only_grad =
-      tensor.steps && parameter.steps() && tensor.buffer_filled &&
-      parameter.value.data == tensor.value && parameter.step_tensor == tensor.step_tensor &&
-      std::equal(parameter.slots.begin(), parameter.slots.end(), tensor.slot,
-                 tensor.slot + names.size(),
-                 [](const Slot& slot, const void* data) { return slot.data == data; });
+  const auto same_slots = [&] {
+    const std::vector<Slot>& slots = parameter.slots;  // in the rule's order, then the master
+    if (slots.size() != names.size() + (tensor.master != nullptr ? 1 : 0)) return false;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      if (slots[i].data != tensor.slot[i]) return false;
+    }
+    return tensor.master == nullptr || slots.back().data == tensor.master;
+  };
+  const bool only_grad = tensor.steps && parameter.steps() && tensor.buffer_filled &&
+                         parameter.value.data == tensor.value &&
+                         parameter.step_tensor == tensor.step_tensor && same_slots();
   if (only_grad) {
     if (parameter.grad.data != tensor.grad) device.note_moved_grad(parameter, index);
     parameter.grad.data = tensor.grad;
@@ -180,13 +198,16 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
   const Slot* buffer = parameter.find_slot("momentum_buffer");
   const void* buffer_before = buffer == nullptr ? nullptr : buffer->data;
   parameter.value.data = tensor.value;
-  parameter.grad = {tensor.grad, tensor.dtype, {tensor.size}, tensor.device, tensor.steps};
+  parameter.grad = {tensor.grad, tensor.grad_dtype, {tensor.size}, tensor.device, tensor.steps};
   parameter.step_tensor = tensor.step_tensor;
   parameter.step_is_double = tensor.step_is_double;
   parameter.slots.clear();
   if (tensor.steps) {
     for (std::size_t i = 0; i < names.size(); ++i) {
       parameter.slots.push_back({names[i], tensor.slot_dtype, tensor.slot[i], true});
+    }
+    if (tensor.master != nullptr) {
+      parameter.slots.push_back({kMasterWeight, DType::kFloat32, tensor.master, true});
     }
   }
   buffer = parameter.find_slot("momentum_buffer");

@@ -19,11 +19,13 @@ struct BorrowedTensor {
   void* value = nullptr;
   void* grad = nullptr;
   void* slot[kMaxSlots] = {};   // of the group's rule variant, in its order
+  void* master = nullptr;       // float32, or null: the value is the parameter itself
   void* step_tensor = nullptr;  // float32 or float64, or null: the count is the engine's own
   std::int64_t size = 0;        // elements, laid out alike in all of them
   std::int32_t group = 0;
   Device device;
-  DType dtype = DType::kFloat32;  // of value and gradient
+  DType dtype = DType::kFloat32;  // of the value
+  DType grad_dtype = DType::kFloat32;
   DType slot_dtype = DType::kFloat32;
   bool step_is_double = false;
   bool buffer_filled = false;  // a momentum buffer that a step or a load has filled
@@ -35,7 +37,11 @@ struct BorrowedTensor {
 struct BorrowedGroup {
   Hyper hyper;
   TensorView lr_source = {};  // absent: hyper's lr
+  Rounding rounding = Rounding::kNearest;
+  std::uint64_t seed = 0;  // of stochastic rounding
 };
+
+LayoutKey layout_key(const BorrowedGroup& group, const BorrowedTensor& tensor);
 
 /// Tensors of which no two share memory.
 class BorrowedPass {

@@ -6,12 +6,13 @@
 #include <algorithm>
 
 #include "engine.h"
-#include "fusestep/detail/rule_list.h"
 
 namespace fusestep::detail {
 namespace {
 
 constexpr const char* kStepFirst = "make one step outside of the capture first";
+constexpr const char* kStepAlikeFirst =
+    "make one step with the same options outside of the capture first";
 
 }  // namespace
 
@@ -72,7 +73,7 @@ void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with
     refuse_capture(where(parameter) + " has no gradient", "set one, or freeze the parameter");
   }
   for (const auto& device : devices_) {
-    if (stepping_on(*device) != nullptr) refuse_what_is_pending(*device, with_norm);
+    if (stepping_on(*device) != nullptr) refuse_what_is_pending(*device, options, with_norm);
   }
   const auto refuse_foreign = [&](const char* name, const TensorView& source) {
     if (!source.present) return;
@@ -83,18 +84,20 @@ void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with
                      "only a scalar of the same device can be read when the graph runs");
     }
   };
+  refuse_foreign("loss_scale_source", options.loss_scale_source);
   refuse_foreign("skip_source", options.skip_source);
   refuse_foreign("grad_multiplier_source", options.grad_multiplier_source);
 }
 
-void Engine::refuse_what_is_pending(const DeviceRecord& device, bool with_norm) const {
+void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
+                                    bool with_norm) const {
   for (const ParameterRecord& parameter : parameters_) {
     if (parameter.value.device != device.device || !parameter.steps()) continue;
-    const SlotNames names =
-        rule_info(find_rule(groups_[static_cast<std::size_t>(parameter.group)].hyper)).slots;
-    for (const std::string_view name : names) {
-      if (parameter.find_slot(name) != nullptr) continue;
-      refuse_capture(where(parameter) + " has no slot '" + std::string(name) + "' yet", kStepFirst);
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
+      if (parameter.find_slot(kind.name) != nullptr) continue;
+      refuse_capture(where(parameter) + " has no slot '" + std::string(kind.name) + "' yet",
+                     kStepFirst);
     }
     if (parameter.state >= device.staged_states) {
       refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
@@ -116,6 +119,9 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, bool with_norm) 
     refuse_capture("which parameters step on " + to_string(device.device) +
                        ", or where their values and slots lie, has changed since the last step",
                    kStepFirst);
+  }
+  if (device.stores_grads != options.store_unscaled_grads) {
+    refuse_capture("store_unscaled_grads is not as in the last step", kStepAlikeFirst);
   }
   const bool norm_is_ready =
       device.norm_blocks_staged && device.staged_norm_parts >= static_cast<int>(devices_.size());

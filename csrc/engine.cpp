@@ -58,6 +58,7 @@ void Engine::step(const StepOptions& options) {
     ++skipped_by_caller_;
     return;
   }
+  choose_kernels(options);
   refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
   const DefaultFpEnvironment environment;
   on_device([&] {
@@ -135,6 +136,7 @@ void Engine::check(const StepOptions& options) {
   };
   check_source("skip_source", options.skip_source);
   check_source("grad_multiplier_source", options.grad_multiplier_source);
+  check_source("loss_scale_source", options.loss_scale_source);
   if (std::isnan(options.grad_multiplier)) {
     throw InvalidArgument("grad_multiplier must be a number, got NaN");
   }
@@ -142,6 +144,10 @@ void Engine::check(const StepOptions& options) {
     throw InvalidArgument("max_grad_norm must be >= 0, got " +
                           std::to_string(options.max_grad_norm));
   }
+  if (!(options.clip_value >= 0)) {
+    throw InvalidArgument("clip_value must be >= 0, got " + std::to_string(options.clip_value));
+  }
+  if (options.store_unscaled_grads) refuse_if_grads_cannot_be_stored();
   for (const Stream& stream : options.streams) {
     const auto same_device = [&](const Stream& other) { return other.device == stream.device; };
     if (std::count_if(options.streams.begin(), options.streams.end(), same_device) != 1) {
@@ -151,6 +157,33 @@ void Engine::check(const StepOptions& options) {
       throw InvalidArgument("a stream must belong to a CUDA device, got one of " +
                             to_string(stream.device));
     }
+  }
+}
+
+bool Engine::can_store_grads() const {
+  return std::all_of(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    return !parameter.steps() || layout_of(group, parameter, true).has_value();
+  });
+}
+
+void Engine::refuse_if_grads_cannot_be_stored() const {
+  for (const ParameterRecord& parameter : parameters_) {
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    if (!parameter.steps() || layout_of(group, parameter, true)) continue;
+    const LayoutKey key =
+        layout_key(group.options, parameter.value.dtype, parameter.grad.dtype);
+    throw InvalidArgument(where(parameter) + ": store_unscaled_grads cannot be had for " +
+                          to_string(key) + "; it can for " + layouts_with(Extra::kStoreGrad));
+  }
+}
+
+/// Those that store gradients are others.
+void Engine::choose_kernels(const StepOptions& options) {
+  for (const auto& device : devices_) {
+    if (device->stores_grads == options.store_unscaled_grads) continue;
+    device->stores_grads = options.store_unscaled_grads;
+    device->members_changed = true;
   }
 }
 
@@ -170,8 +203,12 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
       for (std::size_t i = 0; i < devices_.size(); ++i) {
         if (!devices_[i]->members_changed) continue;
         growths.resize(devices_.size());
-        growths[i] = grow_state(*devices_[i], stream_of(streams, devices_[i]->device));
+        void* const stream = stream_of(streams, devices_[i]->device);
+        growths[i] = grow_state(*devices_[i], stream);
         if (!growths[i].slots.empty()) devices_[i]->ranges_are_known = false;
+        for (const StateStore::Wanted& grown : growths[i].slots) {
+          if (grown.slot.name == kMasterWeight) fill_master(*grown.parameter, grown.slot, stream);
+        }
       }
       for (std::size_t i = 0; i < devices_.size(); ++i) {
         if (capturing_ && devices_[i]->changed_grads.empty()) continue;
@@ -202,7 +239,7 @@ void Engine::check_no_overlap(DeviceRecord& device) const {
     const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
     if (parameter.value.device != device.device || !parameter.steps()) continue;
     grads.push_back(
-        {static_cast<const char*>(parameter.grad.data), parameter.value_bytes(), i, "gradient"});
+        {static_cast<const char*>(parameter.grad.data), parameter.grad_bytes(), i, "gradient"});
   }
   refuse_overlap(grads);
   Overlap overlap;
@@ -213,29 +250,45 @@ void Engine::check_no_overlap(DeviceRecord& device) const {
 StateStore::Growth Engine::grow_state(DeviceRecord& device, void* stream) {
   std::vector<StateStore::Wanted> wanted;
   for (const GroupRecord& group : groups_) {
-    const SlotNames names = rule_info(find_rule(group.hyper)).slots;
     for (const int index : group.parameters) {
       ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
       if (parameter.value.device != device.device || !parameter.steps()) continue;
-      for (const std::string_view name : names) {
-        if (parameter.find_slot(name) != nullptr) continue;
-        wanted.push_back(
-            {&parameter, {name, slot_dtype(group, parameter.value.dtype), nullptr, false}});
+      for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
+        if (parameter.find_slot(kind.name) != nullptr) continue;
+        wanted.push_back({&parameter, {kind.name, kind.dtype, nullptr, false}});
       }
     }
   }
   return device.store->grow(std::move(wanted), stream);
 }
 
+void Engine::fill_master(const ParameterRecord& parameter, const Slot& master, void* stream) {
+  device_of(parameter).backend->widen(static_cast<float*>(master.data), parameter.value.data,
+                                      parameter.value.dtype, parameter.size, stream);
+}
+
+void Engine::refresh_master_weights(std::span<const Stream> streams) {
+  refuse_if_broken();
+  check({.streams = streams});
+  on_device([&] {
+    for (const ParameterRecord& parameter : parameters_) {
+      const Slot* master = parameter.find_slot(kMasterWeight);
+      if (master == nullptr) continue;
+      fill_master(parameter, *master, stream_of(streams, parameter.value.device));
+    }
+  });
+}
+
 void Engine::stage(int index, void* stream, int norm_parts) {
   DeviceRecord& device = *devices_[static_cast<std::size_t>(index)];
   Backend::Tables tables{};
   if (device.members_changed) {
-    device.plan = build_plan(index, *device.backend, groups_, parameters_);
+    device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
     tables.changed_rows =
-        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
+        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_,
+                     device.stores_grads);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
   if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);
@@ -340,8 +393,10 @@ StepRequest Engine::request_for(const DeviceRecord& device, const StepOptions& o
   };
   StepRequest request;
   request.grad_multiplier = scalar(options.grad_multiplier, options.grad_multiplier_source);
+  request.loss_scale = scalar(1.0, options.loss_scale_source);
   request.skip = options.skip_source.present ? scalar(1.0, options.skip_source) : StepScalar{0.0};
   request.max_grad_norm = options.max_grad_norm;
+  request.clip_value = options.clip_value;
   request.skip_nonfinite = options.skip_nonfinite;
   request.norm_parts = norm_parts;
   return request;

@@ -38,6 +38,7 @@ struct DeviceRecord {
   bool norm_blocks_staged = false;
   int staged_norm_parts = 0;
   bool hypers_changed = false;
+  bool stores_grads = false;        // the plan's kernels do
   std::vector<int> changed_grads;   // parameters of the plan whose gradient is at another address
   std::vector<MemoryRange> ranges;  // values and slots, sorted
   bool ranges_are_known = false;
@@ -101,6 +102,8 @@ class Engine {
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
   std::int64_t skipped_steps();
+  bool can_store_grads() const;
+  void refresh_master_weights(std::span<const Stream> streams);
   void refuse_if_broken() const;
 
   /// A save in the background. Waiting for it throws what it has thrown.
@@ -115,23 +118,28 @@ class Engine {
 
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
-  // capture.cpp: a step that runs later, in a CUDA graph
-  bool is_captured(std::span<const Stream> streams);
-  void refuse_in_capture(const char* call, std::span<const Stream> streams);
-  const ParameterRecord* stepping_on(const DeviceRecord& device) const;
-  void refuse_what_a_graph_cannot_do(const StepOptions& options, bool with_norm) const;
-  void refuse_what_is_pending(const DeviceRecord& device, bool with_norm) const;
-  [[noreturn]] static void refuse_capture(const std::string& why, const std::string& what_to_do);
+  void refuse_if_grads_cannot_be_stored() const;
   void refresh(std::span<const Stream> streams, int norm_parts);
   void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
+  void choose_kernels(const StepOptions& options);
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);
+  void fill_master(const ParameterRecord& parameter, const Slot& master, void* stream);
   void stage(int device, void* stream, int norm_parts);
   std::vector<HyperRow> changed_hypers(const DeviceRecord& device) const;
   void forget_changed_settings();
   void write_states(DeviceRecord& device, const std::map<int, StepState>& states);
   void sum_squares(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
+
+  // capture.cpp: a step that runs later, in a CUDA graph
+  bool is_captured(std::span<const Stream> streams);
+  void refuse_in_capture(const char* call, std::span<const Stream> streams);
+  const ParameterRecord* stepping_on(const DeviceRecord& device) const;
+  void refuse_what_a_graph_cannot_do(const StepOptions& options, bool with_norm) const;
+  void refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
+                              bool with_norm) const;
+  [[noreturn]] static void refuse_capture(const std::string& why, const std::string& what_to_do);
 
   /// Remembers a DeviceError, after which refuse_if_broken() throws for ever; but not of a capture,
   /// in which nothing runs.

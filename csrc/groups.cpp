@@ -19,11 +19,21 @@ int find(const std::unordered_map<std::string, int>& names, std::string_view kin
   throw InvalidArgument("there is no " + std::string(kind) + " named '" + std::string(name) + "'");
 }
 
-void check_layout(const std::string& where, const GroupRecord& group, const TensorView& value) {
-  const DType slots = slot_dtype(group, value.dtype);
-  if (find_layout({value.dtype, value.dtype, slots})) return;
-  throw InvalidArgument(where + ": no layout for values of " + std::string(name_of(value.dtype)) +
-                        " with slots of " + std::string(name_of(slots)));
+void check_layout(const std::string& where, const GroupOptions& options, DType value, DType grad) {
+  const LayoutKey key = layout_key(options, value, grad);
+  if (find_layout(key)) return;
+  const bool stochastic = key.extra == Extra::kStochasticRounding;
+  throw InvalidArgument(where + ": no layout for values of " + to_string(key) +
+                        (stochastic ? ", rounded stochastically" : "") + "; there are " +
+                        layouts_with(key.extra));
+}
+
+/// Of the value's dtype, or float32 beside 16-bit values.
+void check_grad(const std::string& where, const GroupOptions& options, const TensorView& grad,
+                const TensorView& value) {
+  const bool other = grad.dtype == DType::kFloat32 && size_of(value.dtype) == 2;
+  check_like(where, "gradient", grad, other ? grad.dtype : value.dtype, value);
+  check_layout(where, options, value.dtype, grad.dtype);
 }
 
 }  // namespace
@@ -49,13 +59,12 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
     }
     if (!given.value.present) throw InvalidArgument(text + ": has no value");
     check_memory(text, "value", given.value);
-    check_layout(text, group, given.value);
-    if (given.grad.present) {
-      check_like(text, "gradient", given.grad, given.value.dtype, given.value);
-    }
+    check_layout(text, options, given.value.dtype, given.value.dtype);
+    if (given.grad.present) check_grad(text, options, given.grad, given.value);
     ParameterRecord record;
     record.name = std::move(given.name);
     record.group = group_index;
+    record.noise_seed = noise_seed(options.seed, record.name);
     record.size = given.value.size();
     record.value = std::move(given.value);
     record.grad = std::move(given.grad);
@@ -141,14 +150,16 @@ void Engine::set_lr_source(int index, const TensorView& source) {
 void Engine::set_grad(int index, const TensorView& grad) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   if (grad.present) {
-    check_like(where(parameter), "gradient", grad, parameter.value.dtype, parameter.value);
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    check_grad(where(parameter), group.options, grad, parameter.value);
   }
   const bool steps_before = parameter.steps();
   const bool moved = grad.data != parameter.grad.data;
+  const bool other_dtype = grad.present && grad.dtype != parameter.grad.dtype;
   DeviceRecord& device = device_of(parameter);
   if (steps_before && grad.present && moved) device.note_moved_grad(parameter, index);
   parameter.grad = grad;
-  if (parameter.steps() != steps_before) device.members_changed = true;
+  if (parameter.steps() != steps_before || other_dtype) device.members_changed = true;
 }
 
 void Engine::set_value(int index, const TensorView& value) {

@@ -1,7 +1,8 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// How dtypes, devices and shapes are written in messages.
+// How dtypes, devices, shapes and layouts are written in messages.
+#include "fusestep/detail/layout.h"
 #include "fusestep/device.h"
 #include "fusestep/dtype.h"
 #include "fusestep/tensor_view.h"
@@ -30,5 +31,26 @@ std::string to_string(const std::vector<std::int64_t>& shape) {
   }
   return text + "]";
 }
+
+namespace detail {
+
+std::string to_string(const LayoutKey& key) {
+  const auto name = [](DType dtype) { return std::string(name_of(dtype)); };
+  return name(key.value) + " with gradients of " + name(key.grad) + ", slots of " +
+         name(key.slot) + (key.master ? " and float32 master weights" : "");
+}
+
+std::string layouts_with(Extra extra) {
+  std::string text;
+  for (int i = 0; i < kLayouts; ++i) {
+    const LayoutKey key = key_at(i);
+    if (key.extra != extra) continue;
+    if (!text.empty()) text += "; ";
+    text += to_string(key);
+  }
+  return text;
+}
+
+}  // namespace detail
 
 }  // namespace fusestep

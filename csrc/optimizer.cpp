@@ -78,6 +78,10 @@ GroupRef Optimizer::add_group(std::string name, const Hyper& hyper,
   return {engine_.get(),
           engine_->add_group(std::move(name), hyper, std::move(parameters), options)};
 }
+bool Optimizer::can_store_grads() const { return engine_->can_store_grads(); }
+void Optimizer::refresh_master_weights(std::span<const Stream> streams) {
+  engine_->refresh_master_weights(streams);
+}
 GroupRef Optimizer::group(std::string_view name) {
   return {engine_.get(), engine_->find_group(name)};
 }

@@ -13,7 +13,7 @@ namespace {
 
 /// The first element at which every array of the row starts a vector of `width` elements. Vectors
 /// are read in pieces of 16 bytes.
-std::int32_t vector_head(const TensorRow& row, const LayoutDTypes& dtypes, int slots, int width) {
+std::int32_t vector_head(const TensorRow& row, const LayoutKey& layout, int slots, int width) {
   const auto lines_up = [&](const void* data, DType dtype, int element) {
     const auto address = reinterpret_cast<std::uintptr_t>(data) +
                          static_cast<std::uintptr_t>(element) * size_of(dtype);
@@ -21,8 +21,9 @@ std::int32_t vector_head(const TensorRow& row, const LayoutDTypes& dtypes, int s
   };
   for (int element = 0; element < width; ++element) {
     bool all =
-        lines_up(row.value, dtypes.value, element) && lines_up(row.grad, dtypes.grad, element);
-    for (int i = 0; i < slots; ++i) all = all && lines_up(row.slot[i], dtypes.slot, element);
+        lines_up(row.value, layout.value, element) && lines_up(row.grad, layout.grad, element);
+    for (int i = 0; i < slots; ++i) all = all && lines_up(row.slot[i], layout.slot, element);
+    if (layout.master) all = all && lines_up(row.master, DType::kFloat32, element);
     if (all) return element;
   }
   return kAllScalar;
@@ -39,15 +40,8 @@ void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& pa
   }
 }
 
-/// add_group() and borrow() have refused what is not in the table.
-int layout_of(const GroupRecord& group, const ParameterRecord& parameter) {
-  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
-  const DType slots = names.empty() ? parameter.value.dtype : parameter.slot(names[0]).dtype;
-  return find_layout({parameter.value.dtype, parameter.grad.dtype, slots}).value();
-}
-
 TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
-                     const Backend& backend) {
+                     const Backend& backend, bool stores_grads) {
   TensorRow row{};
   row.value = parameter.value.data;
   row.grad = parameter.grad.data;
@@ -55,16 +49,34 @@ TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
   row.grad_dtype = parameter.grad.dtype;
   const SlotNames names = rule_info(find_rule(group.hyper)).slots;
   for (std::size_t i = 0; i < names.size(); ++i) row.slot[i] = parameter.slot(names[i]).data;
-  const int layout = layout_of(group, parameter);
-  row.head = vector_head(row, layout_dtypes(layout), static_cast<int>(names.size()),
+  if (const Slot* master = parameter.find_slot(kMasterWeight)) row.master = master->data;
+  // add_group(), borrow() and the step have refused what is not in the table.
+  const int layout = layout_of(group, parameter, stores_grads).value();
+  row.head = vector_head(row, key_at(layout), static_cast<int>(names.size()),
                          backend.vector_width(layout));
   return row;
 }
 
 }  // namespace
 
+std::optional<int> layout_of(const GroupRecord& group, const ParameterRecord& parameter,
+                             bool stores_grads) {
+  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
+  LayoutKey key = layout_key(group.options, parameter.value.dtype, parameter.grad.dtype);
+  if (names.empty()) {
+    key.slot = key.value;
+  } else if (const Slot* slot = parameter.find_slot(names[0])) {
+    key.slot = slot->dtype;
+  }
+  key.master = key.master || parameter.find_slot(kMasterWeight) != nullptr;
+  key.extra = extra_of(group.options, key.value, key.slot);
+  if (stores_grads && key.extra != Extra::kNone) return std::nullopt;
+  if (stores_grads) key.extra = Extra::kStoreGrad;
+  return find_layout(key);
+}
+
 Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
-                std::vector<ParameterRecord>& parameters) {
+                std::vector<ParameterRecord>& parameters, bool stores_grads) {
   struct Member {
     int group;
     ParameterRecord* parameter;
@@ -75,7 +87,8 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
   }
   for_each_stepping(device, groups, parameters, [&](int index, ParameterRecord& parameter) {
     const GroupRecord& group = groups[static_cast<std::size_t>(index)];
-    const int bucket = find_rule(group.hyper) * kLayouts + layout_of(group, parameter);
+    const int layout = layout_of(group, parameter, stores_grads).value();
+    const int bucket = find_rule(group.hyper) * kLayouts + layout;
     members[static_cast<std::size_t>(bucket)].push_back({index, &parameter});
   });
 
@@ -85,14 +98,16 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     const auto first_chunk = static_cast<std::int64_t>(plan.chunks.size());
     const std::int64_t chunk_size = backend.chunk_size(layout);
     std::int64_t elements = 0;
-    const bool wide = layout_dtypes(layout).value == DType::kFloat64;
+    const bool wide = key_at(layout).value == DType::kFloat64;
+    const bool noisy = key_at(layout).extra == Extra::kStochasticRounding;
     for (const auto& [group, parameter] : members[static_cast<std::size_t>(key)]) {
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
       plan.tensors.push_back(
-          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
+          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend, stores_grads));
       plan.prepare.push_back({parameter->step_tensor, parameter->state, group,
                               static_cast<std::int16_t>(rule), static_cast<std::int8_t>(wide),
-                              static_cast<std::int8_t>(parameter->step_is_double)});
+                              static_cast<std::int8_t>(parameter->step_is_double),
+                              noisy ? parameter->noise_seed : 0});
       elements += parameter->size;
       const std::int64_t chunks = (parameter->size + chunk_size - 1) / chunk_size;
       for (std::int64_t i = 0; i < chunks; ++i) {
@@ -107,12 +122,13 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
 
 Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
                                std::span<const GroupRecord> groups,
-                               const std::vector<ParameterRecord>& parameters) {
+                               const std::vector<ParameterRecord>& parameters, bool stores_grads) {
   Backend::RowRange rows;
   for (const int index : changed) {
     const ParameterRecord& parameter = parameters[static_cast<std::size_t>(index)];
     const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
-    plan.tensors[static_cast<std::size_t>(parameter.row)] = tensor_row(parameter, group, backend);
+    plan.tensors[static_cast<std::size_t>(parameter.row)] =
+        tensor_row(parameter, group, backend, stores_grads);
     rows.begin = rows.end == 0 ? parameter.row : std::min(rows.begin, parameter.row);
     rows.end = std::max(rows.end, parameter.row + 1);
   }

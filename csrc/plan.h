@@ -4,6 +4,7 @@
 // From groups and parameters to the tables of a step.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -13,10 +14,14 @@
 
 namespace fusestep::detail {
 
+/// Position in `Layouts` of what a parameter steps with, or nothing.
+std::optional<int> layout_of(const GroupRecord& group, const ParameterRecord& parameter,
+                             bool stores_grads);
+
 /// The plan of the parameters of one device that step now; sets their `row`. Every slot they need
 /// exists. Tensors of a bucket stand in the order groups and parameters were added.
 Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
-                std::vector<ParameterRecord>& parameters);
+                std::vector<ParameterRecord>& parameters, bool stores_grads);
 
 /// The blocks over which the norm of the planned gradients is summed, in the order of norm.h.
 std::vector<Chunk> build_norm_blocks(int device, std::span<const GroupRecord> groups,
@@ -25,6 +30,6 @@ std::vector<Chunk> build_norm_blocks(int device, std::span<const GroupRecord> gr
 /// Rewrites the rows of these parameters, which are in the plan already.
 Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
                                std::span<const GroupRecord> groups,
-                               const std::vector<ParameterRecord>& parameters);
+                               const std::vector<ParameterRecord>& parameters, bool stores_grads);
 
 }  // namespace fusestep::detail

@@ -62,22 +62,21 @@ TensorView Engine::slot(int index, std::string_view name) const {
 void Engine::bind_slot(int index, std::string_view name, const TensorView& memory) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
-  const SlotNames names = rule_info(find_rule(group.hyper)).slots;
-  const auto known = std::find(names.begin(), names.end(), name);
-  if (known == names.end()) {
+  const SlotKinds kinds(group, parameter.value.dtype);
+  const SlotKind* known = kinds.find(name);
+  if (known == nullptr) {
     throw InvalidArgument(where(parameter) + ": " +
                           std::string(rule_info(find_rule(group.hyper)).name) + " has no slot '" +
                           std::string(name) + "'");
   }
   const std::string what = "slot '" + std::string(name) + "'";
-  check_like(where(parameter), what, memory, slot_dtype(group, parameter.value.dtype),
-             parameter.value);
+  check_like(where(parameter), what, memory, known->dtype, parameter.value);
 
   StepState state = read_state(index);
   if (name == "momentum_buffer") state.buffer_filled = 1;
   const std::vector<Slot> before = parameter.slots;
   std::erase_if(parameter.slots, [&](const Slot& slot) { return slot.name == name; });
-  parameter.slots.push_back({*known, memory.dtype, memory.data, true});
+  parameter.slots.push_back({known->name, memory.dtype, memory.data, true});
   try {
     refuse_values_and_slots_that_overlap(memory.device);
     device_of(parameter).given_states[parameter.state] = state;

@@ -49,8 +49,8 @@ StateStore::Growth StateStore::grow(std::vector<Wanted> wanted, void* stream) {
   constexpr DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   arenas_.reserve(arenas_.size() + std::size(dtypes));
   for (Wanted& w : growth.slots) {
-    w.parameter->slots.reserve(kMaxSlots);
-    w.parameter->spare_slots.reserve(kMaxSlots);
+    w.parameter->slots.reserve(kMaxSlotKinds);
+    w.parameter->spare_slots.reserve(kMaxSlotKinds);
     const Slot* spare = find_spare(w);
     if (spare == nullptr) continue;
     w.slot.data = spare->data;

@@ -16,9 +16,11 @@ constexpr ApplyKernels make_kernels() {
   ApplyKernels kernels{};
   Rules::for_each([&]<int kRule, class R>() {
     Layouts::for_each([&]<int kLayout, class L>() {
-      using Body = Apply<R, L>;
-      kernels.of[kRule][kLayout] = {launch_apply<R, L>, load_kernel<Body>, Body::kChunk,
-                                    Body::kWidth};
+      if constexpr (is_compiled<R, L>) {
+        using Body = Apply<R, L>;
+        kernels.of[kRule][kLayout] = {launch_apply<R, L>, load_kernel<Body>, Body::kChunk,
+                                      Body::kWidth};
+      }
     });
   });
   return kernels;

@@ -17,6 +17,7 @@
 #include "launch.cuh"
 #include "prepare.cuh"
 #include "tuning.h"
+#include "widen.cuh"
 
 namespace fusestep {
 namespace detail {
@@ -314,6 +315,14 @@ class CudaBackend final : public Backend {
   void clear(void* data, std::size_t bytes, void* stream) override {
     Work work(*this, stream);
     cuda_check(cudaMemsetAsync(data, 0, bytes, work.stream()), device_, "clearing state");
+    work.finish();
+  }
+  void widen(float* to, const void* from, DType dtype, std::int64_t count, void* stream) override {
+    if (count == 0) return;
+    Work work(*this, stream);
+    cuda_check(
+        launch(Widen{to, from, dtype, count}, blocks_for(count, Widen::kPerBlock), work.stream()),
+        device_, "launching the widening of values");
     work.finish();
   }
   double read_scalar(const void* source, bool is_double, void* stream) override {

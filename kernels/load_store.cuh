@@ -48,14 +48,15 @@ FUSESTEP_HD void load_vector(const T* from, Real (&to)[kWidth]) {
   }
 }
 
-template <int kWidth, class Real, class T>
-FUSESTEP_HD void store_vector(T* to, const Real (&from)[kWidth]) {
+/// `store(x, i)` makes the stored type of element i.
+template <class T, int kWidth, class Real, class Store>
+FUSESTEP_HD void store_vector(T* to, const Real (&from)[kWidth], Store store) {
   constexpr int kPiece = Vector16<T>::kElements;
 #pragma unroll
   for (int i = 0; i < kWidth; i += kPiece) {
     Vector16<T> vector;
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) vector.element[j] = store_as<T>(from[i + j]);
+    for (int j = 0; j < kPiece; ++j) vector.element[j] = store(from[i + j], i + j);
     store_16_bytes(to + i, vector);
   }
 }

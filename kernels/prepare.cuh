@@ -36,7 +36,7 @@ struct Prepare {
     if (decision.skip || tensor >= tensors) return;
     const SharedTables at = shared_now == nullptr ? shared : *shared_now;
     const PrepareRow row = rows[tensor];
-    const StepState state = prepare_tensor(row, at.hypers[row.group], decision.grad_multiplier,
+    const StepState state = prepare_tensor(row, at.hypers[row.group], decision,
                                            state_before(row, at.states), scalars[tensor]);
     write_state_after(row, state, at.states);
   }

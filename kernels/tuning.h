@@ -4,6 +4,7 @@
 // Numbers that only change the speed of the CUDA backend. Measurements: docs/performance.md.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -18,9 +19,11 @@ struct ApplyTuning {
   /// Per multiprocessor: two allow 64 registers a thread, which double arithmetic would spill.
   static constexpr int kMinBlocks = sizeof(typename L::Real) == 8 ? 1 : 2;
   /// Elements a thread handles at a time: one 16-byte access of the narrowest array.
-  static constexpr int kWidth = 16 / sizeof(typename L::Value);
+  static constexpr int kNarrowest = std::min(
+      {sizeof(typename L::Value), sizeof(typename L::Grad), sizeof(typename L::Slot)});
+  static constexpr int kWidth = 16 / kNarrowest;
   /// Elements of a thread block.
-  static constexpr int kChunk = sizeof(typename L::Value) == 2 ? 8192 : 4096;
+  static constexpr int kChunk = kNarrowest == 2 ? 8192 : 4096;
 };
 
 /// Threads of a block for chunks of so many elements on average: enough for all its vectors at

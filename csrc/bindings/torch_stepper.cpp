@@ -211,6 +211,7 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   tensor.grad = grad_info->data;
   tensor.size = value_info->elements;
   tensor.dtype = tensor.slot_dtype = value_info->dtype;
+  tensor.grad_dtype = grad_info->dtype;
   tensor.device = value_info->device;
   tensor.steps = true;
 
@@ -234,7 +235,8 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
     tensor.slot_dtype = slot_info->dtype;
     tensor.slot[i] = slot_info->data;
   }
-  if (!detail::find_layout({tensor.dtype, tensor.dtype, tensor.slot_dtype})) return false;
+  const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
+  if (!detail::find_layout(detail::layout_key(group, tensor))) return false;
   if (!counts) return true;
   PyObject* const step = PyDict_GetItemWithError(state, keys().step);
   if (is_none_or_missing(step)) return false;
@@ -265,7 +267,7 @@ void TorchStepper::rest(std::int32_t group, PyObject* value) {
   tensor.group = group;
   tensor.value = info->data;
   tensor.size = info->elements;
-  tensor.dtype = tensor.slot_dtype = info->dtype;
+  tensor.dtype = tensor.grad_dtype = tensor.slot_dtype = info->dtype;
   tensor.device = info->device;
   tensors_.push_back(tensor);
 }

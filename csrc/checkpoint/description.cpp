@@ -101,6 +101,9 @@ void read_slots(Json& json, const std::string& where, ParameterDescription& para
     parameter.slot_dtypes =
         as<std::vector<std::string>>(dtypes, where + ": slot_dtypes", "a list of names");
   }
+  if (const Json master = take(json, "master_weights"); !master.is_null()) {
+    parameter.master_weights = as<bool>(master, where + ": master_weights", "true or false");
+  }
   if (const Json shape = take(json, "slot_shape"); !shape.is_null()) {
     parameter.slot_shape = shape_from_json(shape, where + ": slot_shape");
   }

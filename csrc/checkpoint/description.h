@@ -38,7 +38,8 @@ struct ParameterDescription {
   Json unknown = Json::object();                   // keys of a later version
 
   // Of an optimizer that state is to be loaded into:
-  std::vector<std::string> slot_dtypes;  // what a slot may have
+  std::vector<std::string> slot_dtypes;  // what a slot of the rule may have
+  bool master_weights = false;           // there may be a slot kMasterWeight, of float32
   std::vector<std::int64_t> slot_shape;  // value's, with a 2 at its end for complex ones
 };
 

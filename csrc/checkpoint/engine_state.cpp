@@ -73,9 +73,9 @@ void convert(const void* data, std::size_t bytes, DType from, DType to, std::byt
   });
 }
 
-/// The rule's own text for it, which lives for ever.
+/// Our own text for it, which lives for ever.
 std::string_view slot_name(const std::string& name) {
-  std::string_view found;
+  std::string_view found = kMasterWeight;
   for (int rule = 0; rule < kRules; ++rule) {
     for (const std::string_view slot : rule_info(rule).slots) {
       if (slot == name) found = slot;
@@ -149,7 +149,8 @@ ParameterDescription EngineSource::describe(int index, bool value) {
   }
   if (value) description.slots[kValue] = description.value;
   description.unknown = kept_json(record.kept);
-  description.slot_dtypes = {std::string(name_of(slot_dtype(group, record.value.dtype)))};
+  description.slot_dtypes = {std::string(name_of(slot_dtype(group.options, record.value.dtype)))};
+  description.master_weights = has_master(group.options, record.value.dtype);
   description.slot_shape = record.value.shape;
   return description;
 }
@@ -258,7 +259,7 @@ void EngineLoader::read_parameters(const Description& saved,
                         kept_text(from.unknown),
                         pair.slots};
     ParameterRecord& to = record(pair.here);
-    to.spare_slots.reserve(kMaxSlots);
+    to.spare_slots.reserve(kMaxSlotKinds);
     given_states_[static_cast<std::size_t>(to.device)][to.state] = parameter.state;
     parameters_.push_back(std::move(parameter));
   }
@@ -270,7 +271,9 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
     const ParameterRecord& to = record(pair.here);
     const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(to.group)];
     for (const std::string& name : pair.slots) {
-      const DType dtype = name == kValue ? to.value.dtype : slot_dtype(group, to.value.dtype);
+      const DType dtype = name == kValue          ? to.value.dtype
+                          : name == kMasterWeight ? DType::kFloat32
+                                                  : slot_dtype(group.options, to.value.dtype);
       const DType saved_dtype = dtype_from_name(from.slots.at(name).dtype, name);
       const bool in_place = name == kValue || to.find_slot(name) != nullptr;
       transfers_.push_back({pair.saved, pair.here, name, saved_dtype, dtype, in_place});

@@ -10,6 +10,7 @@
 
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
+#include "fusestep/optimizer.h"
 #include "fusestep/tensor_view.h"
 
 namespace fusestep::detail {
@@ -223,6 +224,8 @@ class Matcher {
       if (name == kValue) {
         if (!options_.values) continue;
         check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
+      } else if (name == kMasterWeight && to.master_weights) {
+        check_tensor(text, slot, to.slot_shape, {std::string(name_of(DType::kFloat32))});
       } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
       } else {

@@ -95,7 +95,7 @@ class CpuBackend final : public Backend {
     const StepDecision decision = decide(request, norm_parts_.data());
     record(request, decision, control_);
     if (decision.skip) return;
-    prepare(decision.grad_multiplier);
+    prepare(decision);
     parallel_for(static_cast<int>(tasks_.size()), [&](int task) {
       const DefaultFpEnvironment environment_of_thread;
       apply(tasks_[static_cast<std::size_t>(task)]);
@@ -114,6 +114,15 @@ class CpuBackend final : public Backend {
     std::memcpy(to, from, bytes);
   }
   void clear(void* data, std::size_t bytes, void*) override { std::memset(data, 0, bytes); }
+  void widen(float* to, const void* from, DType dtype, std::int64_t count, void*) override {
+    const auto chunks = static_cast<int>((count + kCpuChunk - 1) / kCpuChunk);
+    parallel_for(chunks, [&](int chunk) {
+      const std::int64_t end = std::min<std::int64_t>(count, (chunk + std::int64_t{1}) * kCpuChunk);
+      for (std::int64_t i = std::int64_t{chunk} * kCpuChunk; i < end; ++i) {
+        to[i] = load_widened(from, dtype, i);
+      }
+    });
+  }
   double read_scalar(const void* source, bool is_double, void*) override {
     return StepScalar{1.0, source, is_double}.get();
   }
@@ -157,18 +166,19 @@ class CpuBackend final : public Backend {
   }
 
   /// Tensors that follow each other mostly share group and step count: theirs are copied.
-  void prepare(double multiplier) {
+  void prepare(const StepDecision& decision) {
     const PrepareRow* previous = nullptr;
     StepState previous_before, after;
     for (std::size_t i = 0; i < plan_->prepare.size(); ++i) {
       const PrepareRow& row = plan_->prepare[i];
       const StepState before = state_before(row, states_.data());
       if (previous != nullptr && row.group == previous->group && row.rule == previous->rule &&
-          row.wide == previous->wide && before == previous_before) {
+          row.wide == previous->wide && row.noise_seed == previous->noise_seed &&
+          before == previous_before) {
         scalars_[i] = scalars_[i - 1];
       } else {
-        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], multiplier,
-                               before, scalars_[i]);
+        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], decision, before,
+                               scalars_[i]);
       }
       write_state_after(row, after, states_.data());
       previous = &row;

@@ -16,14 +16,28 @@
 namespace fusestep::detail {
 namespace {
 
+/// Rounded to nearest, or by `noise`.
+template <class L, class Stored>
+inline __attribute__((always_inline)) Stored stored(typename L::Real x, std::uint32_t noise) {
+  if constexpr (L::kExtra == Extra::kStochasticRounding && std::is_same_v<Stored, bfloat16>) {
+    return store_stochastically(x, noise);
+  } else {
+    return store_as<Stored>(x);
+  }
+}
+
 template <class R, class L>
 void apply(const TensorRow& row, const ScalarRow& scalar_row, std::int64_t begin,
            std::int64_t count) {
   using Real = typename L::Real;
+  using Value = typename L::Value;
+  using Grad = typename L::Grad;
   using Slot = typename L::Slot;
   const RuleScalars<R, Real> scalars = scalar_row.as<RuleScalars<R, Real>>();
-  auto* __restrict value = static_cast<typename L::Value*>(row.value) + begin;
-  const auto* __restrict grad = static_cast<const typename L::Grad*>(row.grad) + begin;
+  const NoiseKey noise_key = noise_key_from(scalars.noise, begin);
+  auto* __restrict value = static_cast<Value*>(row.value) + begin;
+  auto* __restrict grad = static_cast<Grad*>(row.grad) + begin;
+  auto* __restrict master = L::kHasMaster ? static_cast<float*>(row.master) + begin : nullptr;
   // Three names, not an array: the compiler forgets __restrict for elements of an array.
   Slot* __restrict slot0 = R::kSlots > 0 ? static_cast<Slot*>(row.slot[0]) + begin : nullptr;
   Slot* __restrict slot1 = R::kSlots > 1 ? static_cast<Slot*>(row.slot[1]) + begin : nullptr;
@@ -34,17 +48,27 @@ void apply(const TensorRow& row, const ScalarRow& scalar_row, std::int64_t begin
 #pragma clang loop vectorize(assume_safety)
 #endif
   for (std::int64_t i = 0; i < count; ++i) {
-    Real p = load_as<Real>(value[i]);
-    const Real g = scalars.grad_multiplier * load_as<Real>(grad[i]);
+    Real p;
+    if constexpr (L::kHasMaster) {
+      p = master[i];
+    } else {
+      p = load_as<Real>(value[i]);
+    }
+    const Real g = load_as<Real>(grad[i]);
     Real slot[kMaxSlots];
     if constexpr (R::kSlots > 0) slot[0] = load_as<Real>(slot0[i]);
     if constexpr (R::kSlots > 1) slot[1] = load_as<Real>(slot1[i]);
     if constexpr (R::kSlots > 2) slot[2] = load_as<Real>(slot2[i]);
-    R::template apply<Real>(scalars.rule, p, g, slot);
-    value[i] = store_as<typename L::Value>(p);
-    if constexpr (R::kSlots > 0) slot0[i] = store_as<Slot>(slot[0]);
-    if constexpr (R::kSlots > 1) slot1[i] = store_as<Slot>(slot[1]);
-    if constexpr (R::kSlots > 2) slot2[i] = store_as<Slot>(slot[2]);
+    R::template apply<Real>(scalars.rule, p, scaled_and_clipped(scalars, g), slot);
+    const Noise noise(noise_key, static_cast<std::uint32_t>(begin + i));  // not used by all layouts
+    if constexpr (L::kHasMaster) master[i] = p;
+    value[i] = stored<L, Value>(p, noise.of_value());
+    if constexpr (L::kExtra == Extra::kStoreGrad) {
+      grad[i] = store_as<Grad>(scalars.grad_unscale * g);
+    }
+    if constexpr (R::kSlots > 0) slot0[i] = stored<L, Slot>(slot[0], noise.of_slot(0));
+    if constexpr (R::kSlots > 1) slot1[i] = stored<L, Slot>(slot[1], noise.of_slot(1));
+    if constexpr (R::kSlots > 2) slot2[i] = stored<L, Slot>(slot[2], noise.of_slot(2));
   }
 }
 
@@ -87,7 +111,9 @@ constexpr CpuKernels make_kernels() {
   CpuKernels kernels{};
   kernels.name = FUSESTEP_TEXT(FUSESTEP_ISA);
   Rules::for_each([&]<int kRule, class R>() {
-    Layouts::for_each([&]<int kLayout, class L>() { kernels.apply[kRule][kLayout] = apply<R, L>; });
+    Layouts::for_each([&]<int kLayout, class L>() {
+      if constexpr (is_compiled<R, L>) kernels.apply[kRule][kLayout] = apply<R, L>;
+    });
   });
   kernels.norm[static_cast<int>(DType::kFloat32)] = sum_squares<float>;
   kernels.norm[static_cast<int>(DType::kFloat64)] = sum_squares<double>;

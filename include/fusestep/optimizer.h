@@ -29,19 +29,37 @@ struct Parameter {
   TensorView grad = {};  ///< absent: skipped by every step until set_grad()
 };
 
-/// The dtype of the slots of bf16 and fp16 parameters; those of float32 and float64 parameters have
-/// the parameter's dtype either way.
+/// The dtype of slots. Those of float64 parameters are float64 with either of the first two.
 enum class SlotDType : std::uint8_t {
-  kFloat32,       ///< moments keep what a 16-bit type would round away
-  kLikeParameter  ///< torch's convention
+  kFloat32,        ///< moments keep what a 16-bit type would round away
+  kLikeParameter,  ///< torch's convention
+  kBFloat16        ///< of float32 and bfloat16 parameters
+};
+
+/// How a result is rounded to a 16-bit type.
+enum class Rounding : std::uint8_t {
+  kNearest,    ///< to nearest, ties to even
+  kStochastic  ///< to either neighbour, the nearer the likelier, so that small updates are not lost
 };
 
 struct GroupOptions {
   SlotDType slots = SlotDType::kFloat32;
+  /// Of bf16 and fp16 parameters a float32 copy is stepped, in the slot "master_weight", and the
+  /// parameter is that, rounded. The copy is made of the parameter at its first step; see
+  /// Optimizer::refresh_master_weights().
+  bool master_weights = false;
+  /// kStochastic: for bf16 parameters without master weights; their slots too, if they are bf16.
+  Rounding rounding = Rounding::kNearest;
+  /// Of stochastic rounding. The random bits are a function of seed, the parameter's name, its step
+  /// count and the element.
+  std::uint64_t seed = 0;
 };
 
-/// What one step does besides the rule. The step is `grad * grad_multiplier *
-/// *grad_multiplier_source`, clipped, then the rule.
+/// The slot of GroupOptions::master_weights.
+inline constexpr std::string_view kMasterWeight = "master_weight";
+
+/// What one step does besides the rule. The rule sees `grad * grad_multiplier *
+/// *grad_multiplier_source / *loss_scale_source`, clipped by norm, then by value.
 struct StepOptions {
   /// Change nothing: no parameter, slot or step count.
   bool skip = false;
@@ -51,9 +69,18 @@ struct StepOptions {
   double grad_multiplier = 1.0;
   /// float32 or float64 scalar, read where it lives when the step runs.
   TensorView grad_multiplier_source = {};
+  /// float32 or float64 scalar, read where it lives when the step runs: gradients are divided by it
+  /// (a GradScaler's scale).
+  TensorView loss_scale_source = {};
+  /// Store the gradients divided by the loss scale, as torch's GradScaler leaves them: neither
+  /// multiplied nor clipped, and not if the step is skipped. Not for every layout: see
+  /// can_store_grads().
+  bool store_unscaled_grads = false;
   /// Scale all gradients by min(1, max_grad_norm / (norm + 1e-6)), where norm is the 2-norm over
   /// all gradients that step now, after the multiplier. The gradients in memory stay as they are.
   double max_grad_norm = std::numeric_limits<double>::infinity();
+  /// Limit every element of the gradients to [-clip_value, clip_value], after everything else.
+  double clip_value = std::numeric_limits<double>::infinity();
   /// Skip if any element of a gradient in memory is infinite or NaN; decided on the device.
   bool skip_nonfinite = false;
   /// Compute the norm even if nothing above needs it.
@@ -101,7 +128,8 @@ class FUSESTEP_API ParameterRef {
   TensorView value() const;
   TensorView grad() const;
 
-  /// Gradient for the next steps: value's dtype, shape and device; an absent view means none.
+  /// Gradient for the next steps: value's shape and device, and its dtype or float32 (not for
+  /// float64); an absent view means none.
   void set_grad(const TensorView& grad);
   void clear_grad() { set_grad({}); }
   /// The parameter has moved: same dtype, shape and device at another address.
@@ -194,6 +222,15 @@ class FUSESTEP_API Optimizer {
   /// Brings settings and step counts that were changed to the devices without a step, on their
   /// streams: graphs that run after it go by them. A step does it by itself.
   void sync_hyper(std::span<const Stream> streams = {});
+
+  /// Whether StepOptions::store_unscaled_grads can be used: the gradients that step now have their
+  /// parameter's dtype, no parameter is float64 or rounded stochastically, slots are float32 or,
+  /// without master weights, of the parameter's dtype.
+  bool can_store_grads() const;
+
+  /// Sets the master weights that exist to the parameters as they are now: for who has written to
+  /// parameters himself (loaded weights, averaged models).
+  void refresh_master_weights(std::span<const Stream> streams = {});
 
   /// The norm over the gradients that would step now, which get their slots if they have none yet.
   /// Waits for the device.

@@ -59,4 +59,16 @@ inline const std::map<std::string, std::uint64_t> kGolden = {
     {"sgd_nesterov_maximize", 0xdba66f6edbc409ebu},
 };
 
+/// The same over further_layout_cases(), one setting per rule variant.
+inline const std::map<std::string, std::uint64_t> kGoldenFurther = {
+    {"adam", 0xffb882a9845468a6u},
+    {"amsgrad", 0x70768a40f0620308u},
+    {"rmsprop", 0x9861da190f4ae40eu},
+    {"rmsprop_both", 0xf83a0e9286c0a986u},
+    {"rmsprop_centered", 0x813dc4244b7eddd6u},
+    {"rmsprop_momentum", 0xb81e33da9ccca50eu},
+    {"sgd", 0xda0460cb0a23d139u},
+    {"sgd_momentum", 0x2879ae015c2f5bb6u},
+};
+
 }  // namespace fusestep::test

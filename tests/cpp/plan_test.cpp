@@ -46,6 +46,7 @@ class PaperBackend final : public Backend {
   void begin_writing(void*) override {}
   void write(void*, const void*, std::size_t, void*) override {}
   void clear(void*, std::size_t, void*) override {}
+  void widen(float*, const void*, DType, std::int64_t, void*) override {}
   double read_scalar(const void*, bool, void*) override { return 0; }
 
   std::size_t limit = ~std::size_t{0};
@@ -96,7 +97,7 @@ TEST(Plan, OfTensorsBeyondTwoToThe31) {
     const auto* second = static_cast<char*>(parameters[0].slots[1].data);
     EXPECT_GE(second - first, 4 * size);
 
-    const Plan plan = build_plan(0, backend, groups, parameters);
+    const Plan plan = build_plan(0, backend, groups, parameters, false);
     ASSERT_EQ(plan.tensors.size(), 1u);
     EXPECT_EQ(plan.tensors[0].size, size);
     const std::int64_t chunks = (size - 1) / chunk + 1;
@@ -133,7 +134,7 @@ TEST(Plan, KeepsTheOrderAndBucketsWhatIsAlike) {
   }
   parameters[5].frozen = true;
   parameters[5].row = 3;
-  const Plan plan = build_plan(0, backend, groups, parameters);
+  const Plan plan = build_plan(0, backend, groups, parameters, false);
   EXPECT_EQ(parameters[5].row, -1);
   ASSERT_EQ(plan.tensors.size(), 5u);
   ASSERT_EQ(plan.buckets.size(), 2u);
@@ -163,7 +164,7 @@ TEST(Plan, OtherDevicesAreLeftOut) {
                                              record(0, at<float>(kBase, 10), at<float>(kGrad, 10))};
   parameters[0].device = 1;
   parameters[0].row = 42;
-  EXPECT_EQ(build_plan(0, backend, groups, parameters).tensors.size(), 1u);
+  EXPECT_EQ(build_plan(0, backend, groups, parameters, false).tensors.size(), 1u);
   EXPECT_EQ(parameters[0].row, 42);
   EXPECT_EQ(build_norm_blocks(0, groups, parameters).size(), 1u);
 }
@@ -176,16 +177,16 @@ TEST(Plan, RefreshesTheRowsThatChanged) {
     parameters.push_back(
         record(0, at<float>(kBase + i * 0x1000, 10), at<float>(kGrad + i * 0x1000, 10)));
   }
-  Plan plan = build_plan(0, backend, groups, parameters);
+  Plan plan = build_plan(0, backend, groups, parameters, false);
   for (const int changed : {2, 1}) {
     parameters[static_cast<std::size_t>(changed)].grad = at<float>(kGrad + 0x80000, 10);
   }
   const int changed[] = {2, 1};
-  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters);
+  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters, false);
   EXPECT_EQ(rows.begin, 1);
   EXPECT_EQ(rows.end, 3);
-  EXPECT_EQ(plan.tensors, build_plan(0, backend, groups, parameters).tensors);
-  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters);
+  EXPECT_EQ(plan.tensors, build_plan(0, backend, groups, parameters, false).tensors);
+  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters, false);
   EXPECT_EQ(none.begin, none.end);
 }
 
@@ -203,7 +204,7 @@ TEST(Plan, LinesUpVectors) {
     std::vector<GroupRecord> groups = {{"a", SgdHyper{}, {}, {}, {0}}};
     std::vector<ParameterRecord> parameters = {
         record(0, at<float>(kBase + c.value, 10), at<float>(kGrad + c.grad, 10))};
-    EXPECT_EQ(build_plan(0, backend, groups, parameters).tensors[0].head, c.head)
+    EXPECT_EQ(build_plan(0, backend, groups, parameters, false).tensors[0].head, c.head)
         << c.value << ' ' << c.grad;
   }
 }

@@ -89,6 +89,17 @@ inline double rounded_to(DType dtype, double x) {
   return read_element(memory, dtype, 0);
 }
 
+/// The largest number of a 16-bit dtype that is not above `x`.
+inline double rounded_down(DType dtype, double x) {
+  const SmallFormat format = dtype == DType::kBFloat16 ? kBFloat16Format : kFloat16Format;
+  const int code = encode(format, x);
+  if (!(decode(format, static_cast<std::uint16_t>(code)) > x)) {
+    return decode(format, static_cast<std::uint16_t>(code));
+  }
+  const int below = code >= 0x8000 ? code + 1 : code == 0 ? 0x8001 : code - 1;
+  return decode(format, static_cast<std::uint16_t>(below));
+}
+
 /// A number computed in `Wide`, and how far the same computation in a type with unit roundoff
 /// `unit` can be from it: every operation adds one rounding and hands on the errors of its operands
 /// (running error analysis: Higham, "Accuracy and stability of numerical algorithms", 3.3).

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "fusestep/detail/layout.h"
 #include "fusestep/fusestep.h"
 #include "reference.h"
 
@@ -168,14 +169,21 @@ inline std::string snapshot(Optimizer& optimizer) {
   return all;
 }
 
-/// The dtypes a group can have.
+/// The dtypes a group can have, and what else chooses its kernels.
 struct LayoutCase {
-  const char* name;
+  std::string name;
   DType value;
   SlotDType slots;
   DType slot;
+  DType grad = value;
+  bool master = false;
+  Rounding rounding = Rounding::kNearest;
+  bool stores_grads = false;
+
+  GroupOptions options() const { return {slots, master, rounding, 7}; }
 };
-inline constexpr LayoutCase kLayoutCases[] = {
+/// torch's dtypes and float32 slots.
+inline const LayoutCase kLayoutCases[] = {
     {"float32", DType::kFloat32, SlotDType::kFloat32, DType::kFloat32},
     {"float64", DType::kFloat64, SlotDType::kFloat32, DType::kFloat64},
     {"bfloat16_float32", DType::kBFloat16, SlotDType::kFloat32, DType::kFloat32},
@@ -183,6 +191,46 @@ inline constexpr LayoutCase kLayoutCases[] = {
     {"float16_float32", DType::kFloat16, SlotDType::kFloat32, DType::kFloat32},
     {"float16", DType::kFloat16, SlotDType::kLikeParameter, DType::kFloat16},
 };
+
+/// Everything in the table of layouts that is not in kLayoutCases.
+inline std::vector<LayoutCase> further_layout_cases() {
+  std::vector<LayoutCase> cases;
+  for (int i = 0; i < detail::kLayouts; ++i) {
+    const detail::LayoutKey key = detail::key_at(i);
+    const bool stochastic = key.extra == detail::Extra::kStochasticRounding;
+    LayoutCase layout{"value_" + std::string(name_of(key.value)) + "_grad_" +
+                          std::string(name_of(key.grad)) + "_slots_" +
+                          std::string(name_of(key.slot)),
+                      key.value,
+                      key.slot == DType::kFloat32 || key.slot == DType::kFloat64
+                          ? SlotDType::kFloat32
+                      : key.slot == key.value ? SlotDType::kLikeParameter
+                                              : SlotDType::kBFloat16,
+                      key.slot,
+                      key.grad,
+                      key.master,
+                      stochastic ? Rounding::kStochastic : Rounding::kNearest,
+                      key.extra == detail::Extra::kStoreGrad};
+    if (layout.master) layout.name += "_master";
+    if (stochastic) layout.name += "_stochastic";
+    if (layout.stores_grads) layout.name += "_stores_grads";
+    const bool plain = key.grad == key.value && !layout.master && key.extra == detail::Extra::kNone;
+    const bool listed = plain && std::any_of(std::begin(kLayoutCases), std::end(kLayoutCases),
+                                             [&](const LayoutCase& known) {
+                                               return known.value == key.value &&
+                                                      known.slot == key.slot;
+                                             });
+    if (!listed) cases.push_back(std::move(layout));
+  }
+  return cases;
+}
+
+/// Both.
+inline std::vector<LayoutCase> all_layout_cases() {
+  std::vector<LayoutCase> all(std::begin(kLayoutCases), std::end(kLayoutCases));
+  for (LayoutCase& layout : further_layout_cases()) all.push_back(std::move(layout));
+  return all;
+}
 
 struct RuleCase {
   std::string name;
@@ -230,6 +278,18 @@ inline std::vector<RuleCase> rule_cases() {
     cases.push_back(std::move(maximizing));
   }
   return cases;
+}
+
+/// One setting per rule variant: what the library is compiled for.
+inline std::vector<RuleCase> variant_cases() {
+  return {{"adam", AdamWHyper{}},
+          {"amsgrad", AdamHyper{.weight_decay = 1e-2, .amsgrad = true}},
+          {"sgd", SgdHyper{}},
+          {"sgd_momentum", SgdHyper{.momentum = 0.9, .nesterov = true}},
+          {"rmsprop", RmspropHyper{}},
+          {"rmsprop_momentum", RmspropHyper{.momentum = 0.9}},
+          {"rmsprop_centered", RmspropHyper{.centered = true}},
+          {"rmsprop_both", RmspropHyper{.momentum = 0.9, .centered = true}}};
 }
 
 }  // namespace fusestep::test

@@ -11,23 +11,31 @@ namespace {
 
 class Bits : public testing::TestWithParam<LayoutCase> {
  protected:
+  /// Every setting with torch's dtypes, with the others one per kernel.
+  static std::vector<RuleCase> cases() {
+    const auto is_this = [](const LayoutCase& layout) { return layout.name == GetParam().name; };
+    const bool common = std::any_of(std::begin(kLayoutCases), std::end(kLayoutCases), is_this);
+    return common ? rule_cases() : variant_cases();
+  }
+  static std::uint64_t steps() { return cases().size() > variant_cases().size() ? 200 : 50; }
+
   /// One group per rule variant and setting.
   static std::vector<GroupSpec> groups(const std::vector<TensorSpec>& tensors) {
     std::vector<GroupSpec> all;
-    for (const RuleCase& rule : rule_cases()) {
+    for (const RuleCase& rule : cases()) {
       all.push_back({rule.name, rule.hyper, GetParam(), tensors});
     }
     return all;
   }
 };
 
-TEST_P(Bits, StayEqualOver200Steps) {
+TEST_P(Bits, StayEqualOverManySteps) {
   FUSESTEP_NEED_DEVICES(1);
   Twins twins(groups({{1}, {9}, {517}, {2051, 3, 3}}));
   const std::vector<double> pool = ordinary_pool();
-  for (std::uint64_t step = 1; step <= 200; ++step) {
+  for (std::uint64_t step = 1; step <= steps(); ++step) {
     twins.fill_grads(pool, step);
-    twins.step();
+    twins.step({.store_unscaled_grads = GetParam().stores_grads});
     if (step % 50 == 0) twins.expect_equal_values("step " + std::to_string(step));
     if (HasFatalFailure()) return;
   }
@@ -40,22 +48,12 @@ TEST_P(Bits, StayEqualForSpecialValues) {
   const std::vector<double> pool = special_pool(GetParam().value);
   for (std::uint64_t step = 1; step <= 6; ++step) {
     twins.fill_grads(pool, step);
-    twins.step({.grad_multiplier = step % 2 == 0 ? 1.0 : 0.37});
+    twins.step({.grad_multiplier = step % 2 == 0 ? 1.0 : 0.37,
+                .store_unscaled_grads = GetParam().stores_grads,
+                .clip_value = step > 3 ? 0.2 : HUGE_VAL});
     twins.expect_equal("step " + std::to_string(step));
     if (HasFatalFailure()) return;
   }
-}
-
-/// One setting per rule variant: the kernels.
-std::vector<RuleCase> variants() {
-  return {{"adam", AdamWHyper{}},
-          {"amsgrad", AdamHyper{.weight_decay = 1e-2, .amsgrad = true}},
-          {"sgd", SgdHyper{}},
-          {"sgd_momentum", SgdHyper{.momentum = 0.9, .nesterov = true}},
-          {"rmsprop", RmspropHyper{}},
-          {"rmsprop_momentum", RmspropHyper{.momentum = 0.9}},
-          {"rmsprop_centered", RmspropHyper{.centered = true}},
-          {"rmsprop_both", RmspropHyper{.momentum = 0.9, .centered = true}}};
 }
 
 constexpr std::int64_t kSmallSizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33};
@@ -76,12 +74,12 @@ TEST_P(Bits, StayEqualForEverySizeAndSharedMisalignment) {
       tensors.push_back({kLargeSizes[i], offset, offset, {offset, offset, offset}, true});
     }
   }
-  for (const RuleCase& variant : variants()) {
+  for (const RuleCase& variant : variant_cases()) {
     Twins twins({{variant.name, variant.hyper, GetParam(), tensors}});
     const std::vector<double> pool = ordinary_pool();
     for (std::uint64_t step = 1; step <= 2; ++step) {
       twins.fill_grads(pool, step);
-      twins.step();
+      twins.step({.store_unscaled_grads = GetParam().stores_grads});
     }
     twins.expect_equal_memory(variant.name);
     if (HasFatalFailure()) return;
@@ -97,19 +95,19 @@ TEST_P(Bits, StayEqualForMisalignmentsThatDiffer) {
                                          : static_cast<std::int64_t>(hash(9, i) % 100);
     tensors.push_back({size, offset(1), offset(2), {offset(3), offset(4), offset(5)}, true});
   }
-  for (const RuleCase& variant : variants()) {
+  for (const RuleCase& variant : variant_cases()) {
     Twins twins({{variant.name, variant.hyper, GetParam(), tensors}});
     const std::vector<double> pool = ordinary_pool();
     for (std::uint64_t step = 1; step <= 2; ++step) {
       twins.fill_grads(pool, step);
-      twins.step();
+      twins.step({.store_unscaled_grads = GetParam().stores_grads});
     }
     twins.expect_equal_memory(variant.name);
     if (HasFatalFailure()) return;
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, Bits, testing::ValuesIn(kLayoutCases),
+INSTANTIATE_TEST_SUITE_P(Layouts, Bits, testing::ValuesIn(all_layout_cases()),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -22,14 +22,17 @@ std::vector<GroupSpec> two_groups() {
           {"head", SgdHyper{.lr = 1e-2, .momentum = 0.9}, kLayoutCases[2], kTensors}};
 }
 
-/// Every rule in every layout.
-std::vector<GroupSpec> everything() {
+/// Every kernel, and with torch's dtypes every setting; those that store gradients apart.
+std::vector<GroupSpec> everything(bool stores_grads) {
   std::vector<GroupSpec> groups;
-  for (const RuleCase& rule : rule_cases()) {
-    for (const LayoutCase& layout : kLayoutCases) {
+  const auto add = [&](const std::vector<RuleCase>& rules, const LayoutCase& layout) {
+    if (layout.stores_grads != stores_grads) return;
+    for (const RuleCase& rule : rules) {
       groups.push_back({rule.name + " " + layout.name, rule.hyper, layout, {{70, 1, 2}, {9}}});
     }
-  }
+  };
+  for (const LayoutCase& layout : kLayoutCases) add(rule_cases(), layout);
+  for (const LayoutCase& layout : further_layout_cases()) add(variant_cases(), layout);
   return groups;
 }
 
@@ -39,6 +42,8 @@ struct ReadyTwins : Twins {
     check(cudaDeviceSynchronize());
   }
 };
+
+constexpr double kMaxNorm = 7.0;
 
 /// What was enqueued on a stream while it was captured.
 class RecordedGraph {
@@ -133,21 +138,27 @@ class Feed {
 
 // ---- runs are steps ----------------------------------------------------------------------------
 
-TEST_F(Graphs, AHundredRunsAreAHundredSteps) {
-  ReadyTwins twins(everything());
-  std::vector<float> skips, multipliers;
+class AHundredRuns : public Graphs, public testing::WithParamInterface<bool> {};
+
+TEST_P(AHundredRuns, AreAHundredSteps) {
+  ReadyTwins twins(everything(GetParam()));
+  std::vector<float> skips, scales;
   for (int i = 0; i < 100; ++i) {
     skips.push_back(i % 7 == 0 ? 1.0f : 0.0f);  // the first of all, too
-    multipliers.push_back(1.0f / static_cast<float>(1 + i % 4));
+    scales.push_back(static_cast<float>(1 + i % 4));
   }
-  Feed skip(skips), multiplier(multipliers);
-  float skip_on_cpu = 0, multiplier_on_cpu = 1;
-  const StepOptions options{.grad_multiplier = 0.5, .max_grad_norm = 30.0, .skip_nonfinite = true};
-  StepOptions on_cuda = options, on_cpu = options;
+  Feed skip(skips), scale(scales);
+  float skip_on_cpu = 0, scale_on_cpu = 1;
+  StepOptions on_cuda{.grad_multiplier = 0.5,
+                      .store_unscaled_grads = GetParam(),
+                      .max_grad_norm = kMaxNorm,
+                      .clip_value = 0.05,
+                      .skip_nonfinite = true};
+  StepOptions on_cpu = on_cuda;
   on_cuda.skip_source = skip.view();
-  on_cuda.grad_multiplier_source = multiplier.view();
+  on_cuda.loss_scale_source = scale.view();
   on_cpu.skip_source = view(&skip_on_cpu, {});
-  on_cpu.grad_multiplier_source = view(&multiplier_on_cpu, {});
+  on_cpu.loss_scale_source = view(&scale_on_cpu, {});
   check(cudaDeviceSynchronize());
 
   // A step that is skipped brings everything to the device.
@@ -155,10 +166,11 @@ TEST_F(Graphs, AHundredRunsAreAHundredSteps) {
   StepOptions skipped = on_cuda;
   skipped.skip_source = view(&one, {});
   twins.cuda.step(on_stream(skipped));
-  EXPECT_EQ(0, twins.cuda.state("adam float32.0").step());
+  const std::vector<GroupRef> groups_on_cpu = twins.cpu.groups(), groups = twins.cuda.groups();
+  const std::string first = groups[0].parameters()[0].name();
+  EXPECT_EQ(0, twins.cuda.state(first).step());
   const RecordedGraph graph = capture(twins.cuda, on_cuda);
 
-  const std::vector<GroupRef> groups_on_cpu = twins.cpu.groups(), groups = twins.cuda.groups();
   std::vector<double> ordinary = pool_, with_inf = pool_;
   for (std::size_t i = 0; i < with_inf.size(); i += 50) with_inf[i] = HUGE_VAL;
   int clipped = 0;
@@ -173,19 +185,24 @@ TEST_F(Graphs, AHundredRunsAreAHundredSteps) {
     }
     pool_ = i % 11 == 5 ? with_inf : ordinary;
     skip_on_cpu = skips[i];
-    multiplier_on_cpu = multipliers[i];
+    scale_on_cpu = scales[i];
     skip.next(stream_->get());
-    multiplier.next(stream_->get());
+    scale.next(stream_->get());
     run(twins, graph, on_cpu);
-    clipped += twins.cpu.last_grad_norm().norm > 30.0 ? 1 : 0;
+    const GradNorm norm = twins.cpu.last_grad_norm();
+    clipped += norm.nonfinite == 0 && norm.norm > kMaxNorm ? 1 : 0;
   }
   twins.expect_equal("after a hundred runs");
   EXPECT_EQ(twins.cpu.skipped_steps() + 1, twins.cuda.skipped_steps());
   EXPECT_EQ(twins.cpu.last_grad_norm().norm, twins.cuda.last_grad_norm().norm);
-  EXPECT_EQ(100 - 15 - 8, twins.cuda.state("adam float32.0").step());
+  EXPECT_EQ(100 - 15 - 8, twins.cuda.state(first).step());
   EXPECT_GT(clipped, 10);
   EXPECT_LT(clipped, 90);
 }
+
+INSTANTIATE_TEST_SUITE_P(Gradients, AHundredRuns, testing::Bool(), [](const auto& about) {
+  return about.param ? "AreStoredUnscaled" : "StayAsTheyAre";
+});
 
 TEST_F(Graphs, FollowSettingsOfEveryKind) {
   ReadyTwins twins(two_groups());
@@ -643,7 +660,7 @@ class Refused : public Graphs {
     remedy(optimizer);
     StepOptions possible = options;
     possible.skip = false;
-    possible.skip_source = possible.grad_multiplier_source = {};
+    possible.skip_source = possible.grad_multiplier_source = possible.loss_scale_source = {};
     const std::int64_t steps = optimizer.state("head.0").step();
     const RecordedGraph graph = capture(optimizer, possible);
     graph.run(*stream_);
@@ -716,6 +733,15 @@ TEST_F(Refused, ANormThatNoStepHasNeeded) {
       options, [&](Optimizer& o) { o.step(on_stream(options)); });
 }
 
+TEST_F(Refused, OtherKernelsThanLastTime) {
+  ASSERT_TRUE(twins_->cuda.can_store_grads());
+  const StepOptions options{.store_unscaled_grads = true};
+  expect(
+      "store_unscaled_grads is not as in the last step; make one step with the same options "
+      "outside of the capture first",
+      options, [&](Optimizer& o) { o.step(on_stream(options)); });
+}
+
 TEST_F(Refused, WhatOnlyTheHostKnows) {
   float one = 1;
   expect("skip is decided by the host, once for all runs of the graph; use skip_source",
@@ -724,6 +750,11 @@ TEST_F(Refused, WhatOnlyTheHostKnows) {
       "skip_source lives on cpu, and group 'body', parameter 'body.0' on cuda:0; only a scalar of "
       "the same device can be read when the graph runs",
       {.skip_source = view(&one, {})}, step());
+  expect(
+      "loss_scale_source lives on cpu, and group 'body', parameter 'body.0' on cuda:0; only a "
+      "scalar "
+      "of the same device can be read when the graph runs",
+      {.loss_scale_source = view(&one, {})}, nothing);
   expect(
       "grad_multiplier_source lives on cpu, and group 'body', parameter 'body.0' on cuda:0; only a "
       "scalar of the same device can be read when the graph runs",

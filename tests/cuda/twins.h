@@ -62,7 +62,7 @@ class Twins {
         batch.names.push_back(group.name + "." + std::to_string(i));
         batch.values.add(group.layout.value, tensor.size, tensor.value_offset);
         for (Slab& grads : batch.grads) {
-          grads.add(group.layout.value, tensor.size, tensor.grad_offset);
+          grads.add(group.layout.grad, tensor.size, tensor.grad_offset);
         }
       }
     }
@@ -90,7 +90,7 @@ class Twins {
         parameters.push_back({batch.name(tensor), view(batch.values, tensor),
                               group.with_grads ? view(batch.grads[0], tensor) : TensorView{}});
       }
-      to.add_group(group.name, group.hyper, std::move(parameters), {group.layout.slots});
+      to.add_group(group.name, group.hyper, std::move(parameters), group.layout.options());
     }
     for (int i = 0; i < batch.slots.count(); ++i) {
       const auto& [parameter, slot] = batch.bound[static_cast<std::size_t>(i)];
@@ -229,6 +229,9 @@ class Twins {
           batch.slots.add(group.layout.slot, tensor.size, tensor.slot_offset[k]);
           batch.bound.emplace_back(parameter, names[k]);
         }
+        if (!tensor.bind_slots || !group.layout.master) continue;
+        batch.slots.add(DType::kFloat32, tensor.size, tensor.slot_offset[0]);
+        batch.bound.emplace_back(parameter, kMasterWeight);
       }
     }
     if (batch.bound.empty()) return;

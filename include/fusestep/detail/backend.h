@@ -78,6 +78,9 @@ class Backend {
   /// `from` is the host's, and may be reused when this returns.
   virtual void write(void* to, const void* from, std::size_t bytes, void* stream) = 0;
   virtual void clear(void* data, std::size_t bytes, void* stream) = 0;
+  /// to[i] = from[i], of 16-bit floats.
+  virtual void widen(float* to, const void* from, DType dtype, std::int64_t count,
+                     void* stream) = 0;
   /// One float32 or float64 on this device.
   virtual double read_scalar(const void* source, bool is_double, void* stream) = 0;
 };

@@ -98,4 +98,19 @@ FUSESTEP_HD float16 store_as<float16, float>(float x) {
 #endif
 }
 
+/// Element `i` of 16-bit memory.
+FUSESTEP_HD float load_widened(const void* memory, DType dtype, std::int64_t i) {
+  return dtype == DType::kBFloat16 ? load_as<float>(static_cast<const bfloat16*>(memory)[i])
+                                   : load_as<float>(static_cast<const float16*>(memory)[i]);
+}
+
+/// To one of the two neighbours, the nearer the likelier: `noise` is 16 random bits. What bfloat16
+/// can hold stays, infinite and NaN too.
+FUSESTEP_HD bfloat16 store_stochastically(float x, std::uint32_t noise) {
+  const std::uint32_t bits = bits_of(x);
+  const std::uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  return {static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan
+                                                                        : (bits + noise) >> 16)};
+}
+
 }  // namespace fusestep::detail

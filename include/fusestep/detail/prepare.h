@@ -28,8 +28,10 @@ struct StepScalar {
 /// What one step was asked to do with its gradients.
 struct StepRequest {
   StepScalar grad_multiplier{1.0};
+  StepScalar loss_scale{1.0};                   // gradients are divided by it
   StepScalar skip{0.0};                         // not 0 (NaN included): the step changes nothing
   double max_grad_norm = __builtin_huge_val();  // clipping, off at infinity
+  double clip_value = __builtin_huge_val();     // of each element, off at infinity
   std::int32_t skip_nonfinite = 0;
   std::int32_t counts_skips = 1;  // of devices that skip together, one counts
   std::int32_t norm_parts = 0;    // how many NormSums there are to add: 0 without a norm
@@ -38,6 +40,8 @@ struct StepRequest {
 /// What prepare() and apply() do in this step.
 struct StepDecision {
   double grad_multiplier;
+  double grad_unscale;
+  double clip_value;
   bool skip;
   double grad_norm;
   std::int64_t nonfinite;
@@ -45,7 +49,8 @@ struct StepDecision {
 
 /// Unscale, clip as torch's clip_grad_norm_ does (1e-6 beside the norm, never enlarge), decide.
 FUSESTEP_HD StepDecision decide(const StepRequest& request, const NormSum* parts) {
-  double multiplier = request.grad_multiplier.get();
+  const double unscale = 1.0 / request.loss_scale.get();
+  double multiplier = request.grad_multiplier.get() * unscale;
   bool skip = request.skip.get() != 0.0;
   NormSum total;
   for (int i = 0; i < request.norm_parts; ++i) total = add(total, parts[i]);
@@ -60,7 +65,7 @@ FUSESTEP_HD StepDecision decide(const StepRequest& request, const NormSum* parts
     }
     skip = skip || (request.skip_nonfinite != 0 && total.nonfinite != 0);
   }
-  return {multiplier, skip, norm, total.nonfinite};
+  return {multiplier, unscale, request.clip_value, skip, norm, total.nonfinite};
 }
 
 FUSESTEP_HD void record(const StepRequest& request, const StepDecision& decision,
@@ -81,10 +86,14 @@ FUSESTEP_HD typename R::Hyper hyper_of(const HyperRow& row) {
 }
 
 template <class R, class Real>
-FUSESTEP_HD void write_scalars(const HyperRow& row, Progress progress, double multiplier,
-                               ScalarRow& out) {
+FUSESTEP_HD void write_scalars(const HyperRow& row, Progress progress, const StepDecision& decision,
+                               NoiseKey noise, ScalarRow& out) {
   RuleScalars<R, Real> scalars;
+  const double multiplier = decision.grad_multiplier;
   scalars.grad_multiplier = Real(row.maximize != 0 ? -multiplier : multiplier);
+  scalars.grad_unscale = Real(decision.grad_unscale);
+  scalars.clip_value = Real(decision.clip_value);
+  scalars.noise = noise;
   scalars.rule = R::template prepare<Real>(hyper_of<R>(row), progress);
   out.set(scalars);
 }
@@ -112,15 +121,17 @@ FUSESTEP_HD void write_state_after(const PrepareRow& row, StepState state, StepS
 
 /// One tensor: count the step, then compute its scalars. Returns the state after it.
 FUSESTEP_HD StepState prepare_tensor(const PrepareRow& row, const HyperRow& hyper,
-                                     double multiplier, StepState state, ScalarRow& out) {
+                                     const StepDecision& decision, StepState state,
+                                     ScalarRow& out) {
   const Progress progress{++state.step, state.buffer_filled == 0};
+  const NoiseKey noise = noise_key(row.noise_seed, state.step);
   Rules::for_each([&]<int kIndex, class R>() {
     if (row.rule != kIndex) return;
     if constexpr (R::kFillsBuffer) state.buffer_filled = 1;
     if (row.wide != 0) {
-      write_scalars<R, double>(hyper, progress, multiplier, out);
+      write_scalars<R, double>(hyper, progress, decision, noise, out);
     } else {
-      write_scalars<R, float>(hyper, progress, multiplier, out);
+      write_scalars<R, float>(hyper, progress, decision, noise, out);
     }
   });
   return state;

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "fusestep/detail/host_device.h"
+#include "fusestep/detail/noise.h"
 #include "fusestep/dtype.h"
 #include "fusestep/hyper.h"
 #include "fusestep/rules/rule.h"
@@ -19,8 +20,9 @@ namespace fusestep::detail {
 /// Addresses of one tensor.
 struct alignas(16) TensorRow {
   void* value;
-  const void* grad;
+  void* grad;  // written only by layouts that store it
   void* slot[kMaxSlots];
+  void* master;       // float32, null where the layout has none
   std::int64_t size;  // elements
   std::int32_t
       head;  // elements before the first at which all arrays can be read by vectors, or kAllScalar
@@ -49,6 +51,7 @@ struct PrepareRow {
   std::int16_t rule;   // position in Rules
   std::int8_t wide;    // the layout's arithmetic is double
   std::int8_t step_is_double;
+  std::uint64_t noise_seed;  // of stochastic rounding
 
   friend bool operator==(const PrepareRow&, const PrepareRow&) = default;
 };
@@ -81,16 +84,19 @@ struct HyperRow {
   }
 };
 
-/// Scalars of one tensor for this step: the machinery's multiplier, then the rule's own.
+/// Scalars of one tensor for this step: the machinery's, then the rule's own.
 template <class R, class Real>
 struct RuleScalars {
   Real grad_multiplier;  // sign of `maximize` * clip coefficient / loss scale
+  Real grad_unscale;     // 1 / loss scale: what a stored gradient is multiplied by
+  Real clip_value;       // infinite: no clipping by value
+  NoiseKey noise;
   typename R::template Scalars<Real> rule;
 };
 
 /// Room for the RuleScalars of any rule and type.
 struct alignas(16) ScalarRow {
-  unsigned char bytes[64];
+  unsigned char bytes[96];
 
   template <class Scalars>
   FUSESTEP_HD const Scalars& as() const {
@@ -103,6 +109,14 @@ struct alignas(16) ScalarRow {
     *reinterpret_cast<Scalars*>(bytes) = scalars;
   }
 };
+
+/// A gradient as the rule sees it. NaN stays NaN.
+template <class R, class Real>
+FUSESTEP_HD Real scaled_and_clipped(const RuleScalars<R, Real>& scalars, Real grad) {
+  const Real g = scalars.grad_multiplier * grad;
+  const Real limit = scalars.clip_value;
+  return g > limit ? limit : g < -limit ? -limit : g;
+}
 
 /// Sum of squares of gradients and how many of their elements are not finite.
 struct NormSum {
