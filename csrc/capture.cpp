@@ -42,17 +42,20 @@ bool Engine::is_captured(std::span<const Stream> streams) {
     return device.backend->capture_of(stream_of(streams, device.device));
   };
   const DeviceRecord* captured = nullptr;
-  for (const auto& device : devices_) {
-    if (captured == nullptr && capture_of(*device) != 0) captured = device.get();
-  }
+  on_device([&] {
+    for (const auto& device : devices_) {
+      if (captured == nullptr && capture_of(*device) != 0) captured = device.get();
+    }
+  });
   if (captured == nullptr) return false;
   for (const auto& device : devices_) {
     const ParameterRecord* parameter = stepping_on(*device);
-    if (parameter == nullptr || capture_of(*device) == capture_of(*captured)) continue;
+    if (parameter == nullptr) continue;
     if (!device->device.is_cuda()) {
       refuse_capture(where(*parameter) + " lives on the CPU",
                      "freeze it, or step it with another optimizer");
     }
+    if (capture_of(*device) == capture_of(*captured)) continue;
     refuse_capture(where(*parameter) + " lives on " + to_string(device->device) +
                        ", whose stream is not captured into the graph that " +
                        to_string(captured->device) + "'s is",

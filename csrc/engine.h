@@ -128,7 +128,7 @@ class Engine {
   void stage(int device, void* stream, int norm_parts);
   std::vector<HyperRow> changed_hypers(const DeviceRecord& device) const;
   void forget_changed_settings();
-  void write_states(DeviceRecord& device, const std::map<int, StepState>& states);
+  void write_state(DeviceRecord& device, int index, StepState state);
   void sum_squares(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 

@@ -29,19 +29,23 @@ void Engine::write_step(int index, std::int64_t step) {
   state.step = step;
   DeviceRecord& device = device_of(parameter);
   if (device.backend->in_graphs() && parameter.state < device.staged_states) {
-    write_states(device, {{parameter.state, state}});
+    write_state(device, parameter.state, state);
     device.given_states.erase(parameter.state);
   } else {
     device.given_states[parameter.state] = state;
   }
 }
 
-/// Graphs read step counts where they lie: those cannot wait for the next step as others do. And a
-/// graph may run on any stream: when this returns they are there.
-void Engine::write_states(DeviceRecord& device, const std::map<int, StepState>& states) {
+/// Graphs read step counts where they lie: these cannot wait for the next step as others do. And a
+/// graph may run on any stream: when this returns the count is there.
+void Engine::write_state(DeviceRecord& device, int index, StepState state) {
   on_device([&] {
-    for (const auto& [state, value] : states) device.backend->write_state(state, value, nullptr);
-    static_cast<void>(device.backend->read_control());
+    try {
+      device.backend->write_state(index, state, nullptr);
+      static_cast<void>(device.backend->read_control());
+    } catch (const OutOfMemory& error) {
+      throw DeviceError(error.what());  // nobody knows whether it is there
+    }
   });
 }
 

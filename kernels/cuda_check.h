@@ -43,16 +43,13 @@ class DeviceGuard {
 /// memory) are allowed although somebody captures: ours have nothing to do with it.
 class BesideCaptures {
  public:
-  BesideCaptures() : changed_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {}
-  ~BesideCaptures() {
-    if (changed_) static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_));
-  }
+  BesideCaptures() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCaptures() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
   BesideCaptures(const BesideCaptures&) = delete;
   BesideCaptures& operator=(const BesideCaptures&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-  bool changed_;
 };
 
 }  // namespace fusestep::detail

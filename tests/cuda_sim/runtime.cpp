@@ -920,11 +920,10 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatu
   });
 }
 
+/// A setting of the thread: no device is asked.
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  return call("cudaThreadExchangeStreamCaptureMode", [&](Runtime&) {
-    std::swap(*mode, Runtime::thread_mode);
-    return cudaSuccess;
-  });
+  std::swap(*mode, Runtime::thread_mode);
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
