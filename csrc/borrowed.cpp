@@ -110,8 +110,7 @@ bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
   if (engine_ == nullptr) return false;
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
-    return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding &&
-           a.seed == b.seed;
+    return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding && a.seed == b.seed;
   };
   const auto same_tensor = [](const BorrowedTensor& a, const BorrowedTensor& b) {
     return a.size == b.size && a.group == b.group && a.device == b.device && a.dtype == b.dtype &&

@@ -171,8 +171,7 @@ void Engine::refuse_if_grads_cannot_be_stored() const {
   for (const ParameterRecord& parameter : parameters_) {
     const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
     if (!parameter.steps() || layout_of(group, parameter, true)) continue;
-    const LayoutKey key =
-        layout_key(group.options, parameter.value.dtype, parameter.grad.dtype);
+    const LayoutKey key = layout_key(group.options, parameter.value.dtype, parameter.grad.dtype);
     throw InvalidArgument(where(parameter) + ": store_unscaled_grads cannot be had for " +
                           to_string(key) + "; it can for " + layouts_with(Extra::kStoreGrad));
   }
@@ -286,9 +285,8 @@ void Engine::stage(int index, void* stream, int norm_parts) {
     device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
-    tables.changed_rows =
-        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_,
-                     device.stores_grads);
+    tables.changed_rows = refresh_rows(device.plan, device.changed_grads, *device.backend, groups_,
+                                       parameters_, device.stores_grads);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
   if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);

@@ -117,9 +117,8 @@ class SlotKinds {
   const SlotKind* begin() const { return kinds_; }
   const SlotKind* end() const { return kinds_ + size_; }
   const SlotKind* find(std::string_view name) const {
-    const SlotKind* found = std::find_if(begin(), end(), [&](const SlotKind& kind) {
-      return kind.name == name;
-    });
+    const SlotKind* found =
+        std::find_if(begin(), end(), [&](const SlotKind& kind) { return kind.name == name; });
     return found == end() ? nullptr : found;
   }
 

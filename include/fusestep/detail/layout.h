@@ -21,7 +21,8 @@ enum class Extra : std::uint8_t {
   kStoreGrad            // the gradient is written back, divided by the loss scale
 };
 
-template <class ValueT, class GradT, class SlotT, class MasterT = void, Extra kExtraV = Extra::kNone>
+template <class ValueT, class GradT, class SlotT, class MasterT = void,
+          Extra kExtraV = Extra::kNone>
 struct Layout {
   using Value = ValueT;
   using Grad = GradT;
@@ -37,39 +38,39 @@ struct Layout {
 };
 
 /// A further layout is one line here. 19 combinations of dtypes; some come with an extra as well.
-using Layouts = TypeList<                                                              //
-    Layout<float, float, float>,                                                       //
-    Layout<float, float, bfloat16>,                                                    //
-    Layout<double, double, double>,                                                    //
-    Layout<bfloat16, bfloat16, float>,                                                 //
-    Layout<bfloat16, bfloat16, bfloat16>,                                              //
-    Layout<bfloat16, bfloat16, float, float>,                                          //
-    Layout<bfloat16, bfloat16, bfloat16, float>,                                       //
-    Layout<bfloat16, float, float>,                                                    //
-    Layout<bfloat16, float, bfloat16>,                                                 //
-    Layout<bfloat16, float, float, float>,                                             //
-    Layout<bfloat16, float, bfloat16, float>,                                          //
-    Layout<float16, float16, float>,                                                   //
-    Layout<float16, float16, float16>,                                                 //
-    Layout<float16, float16, float, float>,                                            //
-    Layout<float16, float16, float16, float>,                                          //
-    Layout<float16, float, float>,                                                     //
-    Layout<float16, float, float16>,                                                   //
-    Layout<float16, float, float, float>,                                              //
-    Layout<float16, float, float16, float>,                                            //
-    Layout<float, float, bfloat16, void, Extra::kStochasticRounding>,                  //
-    Layout<bfloat16, bfloat16, float, void, Extra::kStochasticRounding>,               //
-    Layout<bfloat16, bfloat16, bfloat16, void, Extra::kStochasticRounding>,            //
-    Layout<bfloat16, float, float, void, Extra::kStochasticRounding>,                  //
-    Layout<bfloat16, float, bfloat16, void, Extra::kStochasticRounding>,               //
-    Layout<float, float, float, void, Extra::kStoreGrad>,                              //
-    Layout<bfloat16, bfloat16, float, void, Extra::kStoreGrad>,                        //
-    Layout<bfloat16, bfloat16, bfloat16, void, Extra::kStoreGrad>,                     //
-    Layout<bfloat16, bfloat16, float, float, Extra::kStoreGrad>,                       //
-    Layout<bfloat16, bfloat16, bfloat16, float, Extra::kStoreGrad>,                    //
-    Layout<float16, float16, float, void, Extra::kStoreGrad>,                          //
-    Layout<float16, float16, float16, void, Extra::kStoreGrad>,                        //
-    Layout<float16, float16, float, float, Extra::kStoreGrad>,                         //
+using Layouts = TypeList<                                                    //
+    Layout<float, float, float>,                                             //
+    Layout<float, float, bfloat16>,                                          //
+    Layout<double, double, double>,                                          //
+    Layout<bfloat16, bfloat16, float>,                                       //
+    Layout<bfloat16, bfloat16, bfloat16>,                                    //
+    Layout<bfloat16, bfloat16, float, float>,                                //
+    Layout<bfloat16, bfloat16, bfloat16, float>,                             //
+    Layout<bfloat16, float, float>,                                          //
+    Layout<bfloat16, float, bfloat16>,                                       //
+    Layout<bfloat16, float, float, float>,                                   //
+    Layout<bfloat16, float, bfloat16, float>,                                //
+    Layout<float16, float16, float>,                                         //
+    Layout<float16, float16, float16>,                                       //
+    Layout<float16, float16, float, float>,                                  //
+    Layout<float16, float16, float16, float>,                                //
+    Layout<float16, float, float>,                                           //
+    Layout<float16, float, float16>,                                         //
+    Layout<float16, float, float, float>,                                    //
+    Layout<float16, float, float16, float>,                                  //
+    Layout<float, float, bfloat16, void, Extra::kStochasticRounding>,        //
+    Layout<bfloat16, bfloat16, float, void, Extra::kStochasticRounding>,     //
+    Layout<bfloat16, bfloat16, bfloat16, void, Extra::kStochasticRounding>,  //
+    Layout<bfloat16, float, float, void, Extra::kStochasticRounding>,        //
+    Layout<bfloat16, float, bfloat16, void, Extra::kStochasticRounding>,     //
+    Layout<float, float, float, void, Extra::kStoreGrad>,                    //
+    Layout<bfloat16, bfloat16, float, void, Extra::kStoreGrad>,              //
+    Layout<bfloat16, bfloat16, bfloat16, void, Extra::kStoreGrad>,           //
+    Layout<bfloat16, bfloat16, float, float, Extra::kStoreGrad>,             //
+    Layout<bfloat16, bfloat16, bfloat16, float, Extra::kStoreGrad>,          //
+    Layout<float16, float16, float, void, Extra::kStoreGrad>,                //
+    Layout<float16, float16, float16, void, Extra::kStoreGrad>,              //
+    Layout<float16, float16, float, float, Extra::kStoreGrad>,               //
     Layout<float16, float16, float16, float, Extra::kStoreGrad>>;
 
 inline constexpr int kLayouts = Layouts::size;
