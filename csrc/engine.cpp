@@ -120,6 +120,17 @@ GradNorm Engine::last_grad_norm() {
   return {control.grad_norm, control.nonfinite};
 }
 
+bool Engine::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+  if (decided_last_ == nullptr) return false;
+  const auto found = std::find_if(working_.begin(), working_.end(),
+                                  [&](const auto* device) { return device->device == to.device; });
+  if (found == working_.end()) return false;
+  on_device([&] {
+    (*found)->backend->copy_grad_norm(static_cast<double*>(to.data), stream_of(streams, to.device));
+  });
+  return true;
+}
+
 std::int64_t Engine::skipped_steps() {
   std::int64_t skipped = skipped_by_caller_;
   on_device([&] {

@@ -101,6 +101,9 @@ class Engine {
   void sync_hyper(std::span<const Stream> streams);
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
+  /// The norm of the last step to a float64 scalar on a device that took part in it, without
+  /// waiting; false if it is on another one.
+  bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   std::int64_t skipped_steps();
   bool can_store_grads() const;
   void refresh_master_weights(std::span<const Stream> streams);

@@ -38,6 +38,7 @@ class PaperBackend final : public Backend {
   void copy_sum(int, Backend&, void*, void*) override {}
   void write_sum(int, NormSum, void*) override {}
   void run(const StepRequest&, void*) override {}
+  void copy_grad_norm(double*, void*) override {}
   StepState read_state(int) override { return {}; }
   void write_state(int, StepState, void*) override {}
   Control read_control() override { return {}; }
