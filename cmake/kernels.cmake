@@ -1,9 +1,19 @@
 # The CUDA backend. -fmad=false: a product and a sum are fused only where a rule says fma, so that the
 # GPU gives the bits of the CPU. Nothing of fast-math. -std by hand: CMake 3.25 does not know nvcc 13's.
-set(FUSESTEP_CUDA_SOURCES kernels/apply.cu kernels/backend_cuda.cu)
+set(FUSESTEP_CUDA_SOURCES
+  kernels/apply.cu
+  kernels/apply_adam.cu
+  kernels/apply_rmsprop.cu
+  kernels/apply_sgd.cu
+  kernels/backend_cuda.cu)
 target_sources(fusestep PRIVATE ${FUSESTEP_CUDA_SOURCES})
 set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep PROPERTIES
   COMPILE_OPTIONS "-std=c++20;-fmad=false;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off")
+# A third of the size. Drivers of earlier major versions cannot unpack it.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+  set_property(SOURCE ${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep
+    APPEND PROPERTY COMPILE_OPTIONS --compress-mode=size)
+endif()
 # A program that links the static library needs the CUDA runtime, and no CUDA language of its own.
 target_link_libraries(fusestep PRIVATE CUDA::cudart_static)
 set_target_properties(fusestep PROPERTIES

@@ -207,6 +207,7 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     }
     record.device = device_index(tensor.device, where(record));
     record.state = devices_[static_cast<std::size_t>(record.device)]->states++;
+    record.may_lack_grad = true;
     group.parameters.push_back(index);
     parameters_.push_back(std::move(record));
     rebind(index, tensor);
@@ -218,6 +219,7 @@ void Engine::reset(int index, const BorrowedGroup& settings) {
   GroupRecord& group = groups_[static_cast<std::size_t>(index)];
   group.hyper = settings.hyper;
   group.lr_source = settings.lr_source;
+  group.settings_changed = true;
   for (const auto& device : devices_) device->hypers_changed = true;
 }
 

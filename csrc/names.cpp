@@ -36,8 +36,8 @@ namespace detail {
 
 std::string to_string(const LayoutKey& key) {
   const auto name = [](DType dtype) { return std::string(name_of(dtype)); };
-  return name(key.value) + " with gradients of " + name(key.grad) + ", slots of " +
-         name(key.slot) + (key.master ? " and float32 master weights" : "");
+  return name(key.value) + " with gradients of " + name(key.grad) + ", slots of " + name(key.slot) +
+         (key.master ? " and float32 master weights" : "");
 }
 
 std::string layouts_with(Extra extra) {

@@ -102,6 +102,7 @@ void Optimizer::freeze(std::string_view name) { engine_->set_frozen(name, true);
 void Optimizer::thaw(std::string_view name) { engine_->set_frozen(name, false); }
 
 void Optimizer::step(const StepOptions& options) { engine_->step(options); }
+void Optimizer::sync_hyper(std::span<const Stream> streams) { engine_->sync_hyper(streams); }
 GradNorm Optimizer::grad_norm(std::span<const Stream> streams) {
   return engine_->grad_norm(streams);
 }
@@ -126,12 +127,14 @@ void Optimizer::load_state_dict(const StateDict& state, std::span<const Stream> 
   });
 }
 LoadReport Optimizer::load(const std::filesystem::path& file, const LoadOptions& options) {
+  wait_for_save();
   return detail::with_host_memory([&] {
     detail::StateFileReader source(file);
     return detail::EngineLoader(*engine_, options).load(source, false);
   });
 }
 LoadReport Optimizer::load(const StateDict& state, const LoadOptions& options) {
+  wait_for_save();
   return detail::with_host_memory([&] {
     detail::DictSource source(state);
     return detail::EngineLoader(*engine_, options).load(source, false);

@@ -41,8 +41,10 @@ struct ParameterRecord {
   bool step_is_double = false;
   std::uint64_t noise_seed = 0;  // of stochastic rounding
   bool frozen = false;
-  bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads
-  int row = -1;             // in the device's plan; -1 if it does not step
+  bool may_lack_grad = false;  // in a captured step; its framework has been asked
+  bool grad_moved = false;     // since the plan was staged: it is in DeviceRecord::changed_grads
+  int row = -1;                // in the device's plan; -1 if it does not step
+  int layout = -1;             // there: position in Layouts
 
   std::size_t grad_bytes() const { return static_cast<std::size_t>(size) * size_of(grad.dtype); }
   bool steps() const { return !frozen && grad.present; }
@@ -68,6 +70,7 @@ struct GroupRecord {
   std::vector<int> parameters;
   std::optional<double> initial_lr = {};  // what a schedule multiplies
   std::string kept = {};                  // JSON: what a loaded file said of it and we do not know
+  bool settings_changed = true;           // since they were brought to the devices
 };
 
 /// What a group's options make of the slots of a parameter of this dtype.
@@ -115,9 +118,8 @@ class SlotKinds {
   const SlotKind* begin() const { return kinds_; }
   const SlotKind* end() const { return kinds_ + size_; }
   const SlotKind* find(std::string_view name) const {
-    const SlotKind* found = std::find_if(begin(), end(), [&](const SlotKind& kind) {
-      return kind.name == name;
-    });
+    const SlotKind* found =
+        std::find_if(begin(), end(), [&](const SlotKind& kind) { return kind.name == name; });
     return found == end() ? nullptr : found;
   }
 

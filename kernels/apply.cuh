@@ -96,9 +96,10 @@ struct Apply {
   FUSESTEP_HD static void step_vector(const Scalars& scalars, const Arrays& arrays, int element) {
     Real p[kWidth], g[kWidth], slot[kMaxSlots][kWidth];
     load_vector<kWidth>(arrays.parameter + element, p);
-    load_vector<kWidth>(arrays.grad + element, g);
 #pragma unroll
     for (int k = 0; k < R::kSlots; ++k) load_vector<kWidth>(arrays.slot[k] + element, slot[k]);
+    // Last: in another order some kernels with three slots of float32 spill.
+    load_vector<kWidth>(arrays.grad + element, g);
     if constexpr (L::kExtra == Extra::kStoreGrad) {
       store_vector(arrays.grad + element, g,
                    [&](Real x, int) { return store_as<Grad>(scalars.grad_unscale * x); });

@@ -19,8 +19,8 @@ struct ApplyTuning {
   /// Per multiprocessor: two allow 64 registers a thread, which double arithmetic would spill.
   static constexpr int kMinBlocks = sizeof(typename L::Real) == 8 ? 1 : 2;
   /// Elements a thread handles at a time: one 16-byte access of the narrowest array.
-  static constexpr int kNarrowest = std::min(
-      {sizeof(typename L::Value), sizeof(typename L::Grad), sizeof(typename L::Slot)});
+  static constexpr int kNarrowest =
+      std::min({sizeof(typename L::Value), sizeof(typename L::Grad), sizeof(typename L::Slot)});
   static constexpr int kWidth = 16 / kNarrowest;
   /// Elements of a thread block.
   static constexpr int kChunk = kNarrowest == 2 ? 8192 : 4096;

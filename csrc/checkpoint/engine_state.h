@@ -25,8 +25,9 @@ class EngineSource final : public StateSource {
 
   const Description& description() const override { return description_; }
   const Metadata& metadata() const override { return engine_.metadata_; }
-  void read(int parameter, const std::string& slot, const TakePiece& take) override;
-  void verify(int, const std::string&) override {}
+  void read(int parameter, const std::string& slot, ByteRange range,
+            const TakePiece& take) override;
+  void verify(int, const std::string&, ByteRange) override {}
 
  private:
   GroupDescription describe(const GroupRecord& group);
@@ -79,6 +80,7 @@ class EngineLoader {
   void write(const Transfer& transfer, std::byte* to, const void* from, std::size_t bytes);
   void end_use(const std::exception& error) noexcept;
   void commit(Metadata& metadata) noexcept;
+  void bring_to_graphs();
 
   ParameterRecord& record(int index) {
     return engine_.parameters_[static_cast<std::size_t>(index)];

@@ -212,7 +212,16 @@ class FUSESTEP_API Optimizer {
 
   /// One step of every parameter that is not frozen and has a gradient. An exception other than
   /// DeviceError leaves parameters, state and step counts as they were.
+  ///
+  /// Where the streams are being captured into a CUDA graph, nothing is stepped now: each run of
+  /// the graph makes a step of the same parameters and gradients, with the options given here. What
+  /// the step would have to bring to the devices, wait for or allocate is refused with
+  /// InvalidArgument, and the capture can go on; after any other exception in a capture, end it and
+  /// drop its graph. docs/cuda.md has the rules.
   void step(const StepOptions& options = {});
+  /// Brings settings and step counts that were changed to the devices without a step, on their
+  /// streams: graphs that run after it go by them. A step does it by itself.
+  void sync_hyper(std::span<const Stream> streams = {});
 
   /// Whether StepOptions::store_unscaled_grads can be used: the gradients that step now have their
   /// parameter's dtype, no parameter is float64 or rounded stochastically, slots are float32 or,
@@ -254,7 +263,7 @@ class FUSESTEP_API Optimizer {
   /// an older file then stays whole.
   void save(const std::filesystem::path& file, const SaveOptions& options = {});
   /// Copies the state to memory and writes it in the background. What goes wrong there is thrown by
-  /// the next save, save_async or wait_for_save, which wait for it and then do nothing else.
+  /// the next save, save_async, load or wait_for_save, which wait for it and then do nothing else.
   void save_async(const std::filesystem::path& file, const SaveOptions& options = {});
   void wait_for_save();
 

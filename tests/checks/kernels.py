@@ -19,7 +19,7 @@ import subprocess
 import sys
 
 SIZES = {"float": 4, "double": 8, "bfloat16": 2, "float16": 2}
-TABLE_HEAD = f"{'kernel':<64} {'regs':>4} {'stack':>5} {'loads':>5} {'stores':>6} {'per element':>11} {'fma':>4}"
+TABLE_HEAD = f"{'kernel':<88} {'regs':>4} {'stack':>5} {'loads':>5} {'stores':>6} {'per element':>11} {'fma':>4}"
 
 
 def run(*command):
@@ -35,7 +35,9 @@ def short(name):
     """`Apply<Adam<false>, Layout<float, float, float> >` of the whole signature."""
     name = re.sub(r"fusestep::(detail::)?", "", name)
     match = re.search(r"fusestep_kernel<(.*)>\(", name)
-    return match.group(1).strip() if match else name
+    name = match.group(1).strip() if match else name
+    name = name.replace(", void, (Extra)0", "").replace(", (Extra)0", "")
+    return name.replace("(Extra)1", "stochastic").replace("(Extra)2", "stores grad")
 
 
 def functions(dump, start):
@@ -65,8 +67,8 @@ class Kernel:
         self.loads = self.count(r"LDG\.E(\.\w+)*\.128(\.\w+)*")
         self.stores = self.count(r"STG\.E(\.\w+)*\.128(\.\w+)*")
         self.fmas = sum(1 for line in ptx if re.search(r"\bfma\.rn\.f(32|64)", line))
-        layout = re.search(r"Layout<(\w+), (\w+), (\w+)>", name)
-        self.layout = layout.groups() if layout else None
+        layout = re.search(r"Layout<(.*?)>", name)
+        self.layout = layout.group(1).split(", ") if layout else None
 
     def count(self, pattern):
         return sum(1 for code in self.codes if re.fullmatch(pattern, code))
@@ -79,30 +81,42 @@ class Kernel:
 
     @property
     def width(self):
-        return 16 // SIZES[self.layout[0]]
+        return 16 // min(SIZES[dtype] for dtype in self.layout[:3])
+
+    @property
+    def master(self):
+        return [dtype for dtype in self.layout[3:4] if dtype != "void"]
+
+    @property
+    def read(self):
+        """Dtypes of the arrays: the parameter or its master weight, gradient, slots."""
+        value, grad, slot = self.layout[:3]
+        return (self.master or [value]) + [grad] + [slot] * self.slots
+
+    @property
+    def written(self):
+        value, grad, slot = self.layout[:3]
+        stored = [grad] if "stores grad" in self.layout else []
+        return self.master + [value] + stored + [slot] * self.slots
 
     def pieces(self, dtypes):
         """16-byte accesses that bring one vector of each of these."""
         return sum(self.width * SIZES[dtype] // 16 for dtype in dtypes)
-
-    @property
-    def vector_stores(self):
-        return self.pieces([self.layout[0]] + [self.layout[2]] * self.slots)
 
     def per_element(self):
         """Instructions from the first vector load to the last vector store, per element."""
         if self.layout is None or self.stores == 0:
             return 0.0
         last = max(i for i, code in enumerate(self.codes) if re.fullmatch(r"STG\.E(\.\w+)*\.128(\.\w+)*", code))
-        data_loads = self.pieces(self.layout[:2] + (self.layout[2],) * self.slots)
-        vectors = self.stores // self.vector_stores
+        data_loads = self.pieces(self.read)
+        vectors = self.stores // self.pieces(self.written)
         loads = [i for i, code in enumerate(self.codes[:last]) if re.fullmatch(r"LDG\.E(\.\w+)*\.128(\.\w+)*", code)]
         first = loads[-data_loads * vectors]
         return (last - first + 1) / (vectors * self.width)
 
     def row(self):
         return (
-            f"{self.name:<64} {self.registers:>4} {self.stack:>5} {self.loads:>5} {self.stores:>6} "
+            f"{self.name:<88} {self.registers:>4} {self.stack:>5} {self.loads:>5} {self.stores:>6} "
             f"{self.per_element():>11.1f} {self.fmas:>4}"
         )
 
@@ -124,11 +138,11 @@ class Kernel:
                 yield f"{self.registers} registers leave no room for two blocks of 512"
             if self.count(r"D(ADD|MUL|FMA|SETP)(\.\w+)*") or re.search(r"\.f64\b", text):
                 yield "uses double precision"
-        data_loads = self.pieces(self.layout[:2] + (self.layout[2],) * self.slots)
+        data_loads, vector_stores = self.pieces(self.read), self.pieces(self.written)
         if self.loads < data_loads:
             yield f"has {self.loads} 16-byte loads, a vector takes {data_loads}"
-        if self.stores == 0 or self.stores % self.vector_stores:
-            yield f"has {self.stores} 16-byte stores, a vector takes {self.vector_stores}"
+        if self.stores == 0 or self.stores % vector_stores:
+            yield f"has {self.stores} 16-byte stores, a vector takes {vector_stores}"
 
 
 def read_kernels(cuobjdump, library):

@@ -183,11 +183,11 @@ TEST(Plan, RefreshesTheRowsThatChanged) {
     parameters[static_cast<std::size_t>(changed)].grad = at<float>(kGrad + 0x80000, 10);
   }
   const int changed[] = {2, 1};
-  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters, false);
+  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters);
   EXPECT_EQ(rows.begin, 1);
   EXPECT_EQ(rows.end, 3);
   EXPECT_EQ(plan.tensors, build_plan(0, backend, groups, parameters, false).tensors);
-  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters, false);
+  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters);
   EXPECT_EQ(none.begin, none.end);
 }
 

@@ -198,28 +198,27 @@ inline std::vector<LayoutCase> further_layout_cases() {
   for (int i = 0; i < detail::kLayouts; ++i) {
     const detail::LayoutKey key = detail::key_at(i);
     const bool stochastic = key.extra == detail::Extra::kStochasticRounding;
-    LayoutCase layout{"value_" + std::string(name_of(key.value)) + "_grad_" +
-                          std::string(name_of(key.grad)) + "_slots_" +
-                          std::string(name_of(key.slot)),
-                      key.value,
-                      key.slot == DType::kFloat32 || key.slot == DType::kFloat64
-                          ? SlotDType::kFloat32
-                      : key.slot == key.value ? SlotDType::kLikeParameter
-                                              : SlotDType::kBFloat16,
-                      key.slot,
-                      key.grad,
-                      key.master,
-                      stochastic ? Rounding::kStochastic : Rounding::kNearest,
-                      key.extra == detail::Extra::kStoreGrad};
+    LayoutCase layout{
+        "value_" + std::string(name_of(key.value)) + "_grad_" + std::string(name_of(key.grad)) +
+            "_slots_" + std::string(name_of(key.slot)),
+        key.value,
+        key.slot == DType::kFloat32 || key.slot == DType::kFloat64 ? SlotDType::kFloat32
+        : key.slot == key.value                                    ? SlotDType::kLikeParameter
+                                                                   : SlotDType::kBFloat16,
+        key.slot,
+        key.grad,
+        key.master,
+        stochastic ? Rounding::kStochastic : Rounding::kNearest,
+        key.extra == detail::Extra::kStoreGrad};
     if (layout.master) layout.name += "_master";
     if (stochastic) layout.name += "_stochastic";
     if (layout.stores_grads) layout.name += "_stores_grads";
     const bool plain = key.grad == key.value && !layout.master && key.extra == detail::Extra::kNone;
-    const bool listed = plain && std::any_of(std::begin(kLayoutCases), std::end(kLayoutCases),
-                                             [&](const LayoutCase& known) {
-                                               return known.value == key.value &&
-                                                      known.slot == key.slot;
-                                             });
+    const bool listed =
+        plain &&
+        std::any_of(std::begin(kLayoutCases), std::end(kLayoutCases), [&](const LayoutCase& known) {
+          return known.value == key.value && known.slot == key.slot;
+        });
     if (!listed) cases.push_back(std::move(layout));
   }
   return cases;

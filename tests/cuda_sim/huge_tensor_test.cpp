@@ -75,7 +75,8 @@ TEST(HugeTensor, StepsAtTheRightAddresses) {
     }
   }
   ScalarRow scalars{};
-  scalars.set(RuleScalars<R, float>{1.0f, 1.0f, HUGE_VALF, {}, {0.0f, 0.9f, 1.0f, 0.0f, -0.5f, 1.0f}});
+  scalars.set(
+      RuleScalars<R, float>{1.0f, 1.0f, HUGE_VALF, {}, {0.0f, 0.9f, 1.0f, 0.0f, -0.5f, 1.0f}});
   const Control control{};
   const ApplyTables tables{table.data(), &row, &scalars, &control};
   const Kernel kernel{tables, Kernel::kThreads};

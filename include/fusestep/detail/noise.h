@@ -44,8 +44,7 @@ inline std::uint64_t noise_seed(std::uint64_t seed, std::string_view name) {
 }
 
 FUSESTEP_HD NoiseKey noise_key(std::uint64_t seed, std::int64_t step) {
-  const std::uint64_t key =
-      mix(seed + 0x9e3779b97f4a7c15u * static_cast<std::uint64_t>(step));
+  const std::uint64_t key = mix(seed + 0x9e3779b97f4a7c15u * static_cast<std::uint64_t>(step));
   return {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
 }
 

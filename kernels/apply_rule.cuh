@@ -1,0 +1,30 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The apply kernels of one rule variant, in every layout. Each rule's are compiled in a file of its
+// own: together they take minutes.
+#pragma once
+
+#include "apply_table.h"
+#include "launch.cuh"
+
+namespace fusestep::detail {
+
+template <class R, class L>
+cudaError_t launch_apply(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
+                         cudaStream_t stream) {
+  const unsigned threads = apply_threads<L>(elements / blocks);
+  return launch(Apply<R, L>{tables, threads}, blocks, stream);
+}
+
+template <class R>
+void add_kernels_of_rule(ApplyKernel (&kernels)[kLayouts]) {
+  Layouts::for_each([&]<int kLayout, class L>() {
+    if constexpr (is_compiled<R, L>) {
+      using Body = Apply<R, L>;
+      kernels[kLayout] = {launch_apply<R, L>, load_kernel<Body>, Body::kChunk, Body::kWidth};
+    }
+  });
+}
+
+}  // namespace fusestep::detail
