@@ -48,15 +48,25 @@ class BorrowedPass {
  public:
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// Settings of the groups that were there at the last step, brought to the devices.
+  void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
+  bool in_graphs() const;
 
  private:
+  /// An engine, and what it was told last of its groups.
+  struct Known {
+    std::unique_ptr<Engine> engine;
+    std::vector<BorrowedGroup> groups;
+
+    void reset_changed(std::span<const BorrowedGroup> now);
+  };
   bool same_tensors(std::span<const BorrowedGroup> groups,
                     std::span<const BorrowedTensor> tensors) const;
   void rebuild(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors);
 
-  std::unique_ptr<Engine> engine_;
-  std::vector<BorrowedGroup> groups_;
+  Known now_;
   std::vector<BorrowedTensor> tensors_;
+  std::vector<Known> of_graphs_;  // engines of other tensors, whose steps graphs still make
 };
 
 class BorrowedOptimizer {
@@ -65,6 +75,8 @@ class BorrowedOptimizer {
   /// without. Tensors that share memory step one after the other, in their order.
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// Brings changed settings to the devices, for graphs that run after it.
+  void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
   /// Steps taken since it was made: a test's proof that it was this that stepped.
   std::int64_t steps() const { return steps_; }
   /// Whether the tensor at this place had this value at the last step.
@@ -81,8 +93,9 @@ class BorrowedOptimizer {
   void find_turns(std::span<const BorrowedTensor> tensors);
 
   std::vector<BorrowedPass> passes_ = std::vector<BorrowedPass>(1);
-  std::vector<Memory> memory_;  // of every tensor of the last step
-  std::vector<int> turns_;      // the pass of every tensor; empty: one for all
+  std::vector<BorrowedPass> of_graphs_;  // passes of other tensors
+  std::vector<Memory> memory_;           // of every tensor of the last step
+  std::vector<int> turns_;               // the pass of every tensor; empty: one for all
   std::int64_t steps_ = 0;
 };
 

@@ -21,6 +21,11 @@ void Engine::refuse_capture(const std::string& why, const std::string& what_to_d
                         what_to_do);
 }
 
+bool Engine::in_graphs() const {
+  return std::any_of(devices_.begin(), devices_.end(),
+                     [](const auto& device) { return device->backend->in_graphs(); });
+}
+
 void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams) {
   if (!is_captured(streams)) return;
   throw InvalidArgument(std::string(call) +
@@ -105,6 +110,14 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
     if (parameter.state >= device.staged_states) {
       refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
     }
+  }
+  if (device.members_changed) {
+    refuse_capture("which parameters step on " + to_string(device.device) +
+                       ", or where their values and slots lie, has changed since the last step",
+                   kStepFirst);
+  }
+  for (const ParameterRecord& parameter : parameters_) {
+    if (parameter.value.device != device.device || !parameter.steps()) continue;
     if (device.given_states.count(parameter.state) != 0) {
       refuse_capture("the step count of " + where(parameter) + " was set and is not on " +
                          to_string(device.device) + " yet",
@@ -114,14 +127,11 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
   if (device.hypers_changed) {
     const auto changed = std::find_if(groups_.begin(), groups_.end(),
                                       [](const auto& group) { return group.settings_changed; });
-    refuse_capture("settings of group '" + changed->name + "' have changed and are not on " +
-                       to_string(device.device) + " yet",
-                   "call sync_hyper() first");
-  }
-  if (device.members_changed) {
-    refuse_capture("which parameters step on " + to_string(device.device) +
-                       ", or where their values and slots lie, has changed since the last step",
-                   kStepFirst);
+    const std::string whose =
+        changed == groups_.end() ? "" : " of group '" + changed->name + "'";  // as after a load
+    refuse_capture(
+        "settings" + whose + " have changed and are not on " + to_string(device.device) + " yet",
+        "call sync_hyper() first");
   }
   if (device.stores_grads != options.store_unscaled_grads) {
     refuse_capture("store_unscaled_grads is not as in the last step", kStepAlikeFirst);

@@ -105,6 +105,8 @@ class Engine {
   bool can_store_grads() const;
   void refresh_master_weights(std::span<const Stream> streams);
   void refuse_if_broken() const;
+  /// Whether a step was captured, and may run at any time.
+  bool in_graphs() const;
 
   /// A save in the background. Waiting for it throws what it has thrown.
   void set_saving(std::future<void> saving) { saving_ = std::move(saving); }

@@ -224,6 +224,7 @@ PYBIND11_MODULE(_core, m) {
       .def("add", &TorchStepper::add, py::arg("group"), py::arg("value"), py::arg("grad"),
            py::arg("state"), py::arg("fresh"))
       .def("step", &TorchStepper::step, py::arg("found_inf"))
+      .def("sync_hyper", &TorchStepper::sync_hyper, py::arg("groups"))
       .def_property_readonly("written", &TorchStepper::written)
       .def_property_readonly("stepped", &TorchStepper::stepped)
       .def_property_readonly("steps", &TorchStepper::steps);

@@ -36,6 +36,9 @@ class TorchStepper {
   /// Steps what was taken. `found_inf` is None, a number or a tensor: not 0 changes nothing.
   void step(const pybind11::object& found_inf);
 
+  /// Brings settings that have changed since the last step to the devices, for graphs.
+  void sync_hyper(const pybind11::list& groups);
+
   /// Tensors whose values the step writes: what autograd has to be told of.
   const pybind11::list& written() const { return written_; }
 
@@ -57,9 +60,12 @@ class TorchStepper {
   bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
+  void take_settings(const pybind11::object& group);
   void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, const detail::BorrowedTensor& tensor);
   void read_foreign_lr();
+  void add_stream(Device device, std::vector<Stream>& streams) const;
+  std::vector<Stream> streams_of_tensors() const;
 
   std::string rule_;
   TensorReader reader_;
