@@ -34,6 +34,48 @@ void BorrowedOptimizer::step(std::span<const BorrowedGroup> groups,
   ++steps_;
 }
 
+bool BorrowedOptimizer::can_store_grads(std::span<const BorrowedGroup> groups,
+                                        std::span<const BorrowedTensor> tensors) {
+  const bool have_layouts =
+      std::all_of(tensors.begin(), tensors.end(), [&](const BorrowedTensor& tensor) {
+        if (!tensor.steps) return true;
+        LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
+        if (key.extra != Extra::kNone) return false;
+        key.extra = Extra::kStoreGrad;
+        return find_layout(key).has_value();
+      });
+  return have_layouts && !grads_overlap(tensors);
+}
+
+/// Sorted again only where an address has changed.
+bool BorrowedOptimizer::grads_overlap(std::span<const BorrowedTensor> tensors) {
+  const auto bytes = [](const BorrowedTensor& tensor) {
+    return static_cast<std::int64_t>(size_of(tensor.grad_dtype)) * tensor.size;
+  };
+  bool changed = false;
+  std::size_t count = 0;
+  for (const BorrowedTensor& tensor : tensors) {
+    if (!tensor.steps || tensor.size == 0) continue;
+    const Memory memory{tensor.grad, bytes(tensor)};
+    if (count == grads_.size()) grads_.emplace_back();
+    changed = changed || !(grads_[count] == memory);
+    grads_[count++] = memory;
+  }
+  changed = changed || count != grads_.size();
+  grads_.resize(count);
+  if (!changed) return grads_overlap_;
+
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> ranges;
+  for (const Memory& memory : grads_) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory.value);
+    ranges.emplace_back(begin, begin + static_cast<std::uintptr_t>(memory.size));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  const auto overlap = [](const auto& a, const auto& b) { return b.first < a.second; };
+  grads_overlap_ = std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
+  return grads_overlap_;
+}
+
 /// Whose values share memory with those of an earlier tensor: a parameter listed twice, tied
 /// weights.
 void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
@@ -96,6 +138,7 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
                         std::span<const BorrowedTensor> tensors, const StepOptions& options) {
   if (now_.engine != nullptr) now_.engine->refuse_if_broken();
   if (!same_tensors(groups, tensors)) {
+    if (now_.engine != nullptr) now_.engine->refuse_others_in_capture(options.streams);
     rebuild(groups, tensors);
   } else {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -160,11 +203,25 @@ void BorrowedPass::rebuild(std::span<const BorrowedGroup> groups,
                            std::span<const BorrowedTensor> tensors) {
   auto engine = std::make_unique<Engine>(OptimizerOptions{});
   engine->borrow(groups, tensors);
+  const bool goes = now_.engine != nullptr && !now_.engine->in_graphs();
+  const std::int64_t skipped = goes ? now_.engine->skipped_steps() : 0;
   Known known{std::move(engine), {groups.begin(), groups.end()}};
   of_graphs_.reserve(of_graphs_.size() + 1);
   tensors_.assign(tensors.begin(), tensors.end());
   std::swap(now_, known);
-  if (known.engine != nullptr && known.engine->in_graphs()) of_graphs_.push_back(std::move(known));
+  skipped_before_ += skipped;
+  if (known.engine != nullptr && !goes) of_graphs_.push_back(std::move(known));
+}
+
+bool BorrowedPass::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+  return now_.engine != nullptr && now_.engine->copy_grad_norm(to, streams);
+}
+
+std::int64_t BorrowedPass::skipped_steps() {
+  std::int64_t skipped = skipped_before_;
+  if (now_.engine != nullptr) skipped += now_.engine->skipped_steps();
+  for (const Known& known : of_graphs_) skipped += known.engine->skipped_steps();
+  return skipped;
 }
 
 void Engine::borrow(std::span<const BorrowedGroup> groups,

@@ -14,6 +14,10 @@ constexpr const char* kStepFirst = "make one step outside of the capture first";
 constexpr const char* kStepAlikeFirst =
     "make one step with the same options outside of the capture first";
 
+unsigned long long capture_of(const DeviceRecord& device, std::span<const Stream> streams) {
+  return device.backend->capture_of(stream_of(streams, device.device));
+}
+
 }  // namespace
 
 void Engine::refuse_capture(const std::string& why, const std::string& what_to_do) {
@@ -41,17 +45,27 @@ const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
   return found == parameters_.end() ? nullptr : &*found;
 }
 
-/// Whether the streams of all devices that step are captured, into one graph.
-bool Engine::is_captured(std::span<const Stream> streams) {
-  const auto capture_of = [&](const DeviceRecord& device) {
-    return device.backend->capture_of(stream_of(streams, device.device));
-  };
+/// The first whose stream is captured; null if none is.
+const DeviceRecord* Engine::captured_device(std::span<const Stream> streams) {
   const DeviceRecord* captured = nullptr;
   on_device([&] {
     for (const auto& device : devices_) {
-      if (captured == nullptr && capture_of(*device) != 0) captured = device.get();
+      if (captured != nullptr) return;
+      if (capture_of(*device, streams) != 0) captured = device.get();
     }
   });
+  return captured;
+}
+
+void Engine::refuse_others_in_capture(std::span<const Stream> streams) {
+  if (captured_device(streams) == nullptr) return;
+  refuse_capture("its parameters, or their dtypes or rules, are not those of the last step",
+                 kStepFirst);
+}
+
+/// Whether the streams of all devices that step are captured, into one graph.
+bool Engine::is_captured(std::span<const Stream> streams) {
+  const DeviceRecord* const captured = captured_device(streams);
   if (captured == nullptr) return false;
   for (const auto& device : devices_) {
     const ParameterRecord* parameter = stepping_on(*device);
@@ -60,7 +74,7 @@ bool Engine::is_captured(std::span<const Stream> streams) {
       refuse_capture(where(*parameter) + " lives on the CPU",
                      "freeze it, or step it with another optimizer");
     }
-    if (capture_of(*device) == capture_of(*captured)) continue;
+    if (capture_of(*device, streams) == capture_of(*captured, streams)) continue;
     refuse_capture(where(*parameter) + " lives on " + to_string(device->device) +
                        ", whose stream is not captured into the graph that " +
                        to_string(captured->device) + "'s is",

@@ -120,6 +120,17 @@ GradNorm Engine::last_grad_norm() {
   return {control.grad_norm, control.nonfinite};
 }
 
+bool Engine::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+  if (decided_last_ == nullptr) return false;
+  const auto found = std::find_if(working_.begin(), working_.end(),
+                                  [&](const auto* device) { return device->device == to.device; });
+  if (found == working_.end()) return false;
+  on_device([&] {
+    (*found)->backend->copy_grad_norm(static_cast<double*>(to.data), stream_of(streams, to.device));
+  });
+  return true;
+}
+
 std::int64_t Engine::skipped_steps() {
   std::int64_t skipped = skipped_by_caller_;
   on_device([&] {
@@ -285,8 +296,8 @@ void Engine::stage(int index, void* stream, int norm_parts) {
     device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
-    tables.changed_rows = refresh_rows(device.plan, device.changed_grads, *device.backend, groups_,
-                                       parameters_, device.stores_grads);
+    tables.changed_rows =
+        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
   if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);

@@ -101,10 +101,15 @@ class Engine {
   void sync_hyper(std::span<const Stream> streams);
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
+  /// The norm of the last step to a float64 scalar on a device that took part in it, without
+  /// waiting; false if it is on another one.
+  bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   std::int64_t skipped_steps();
   bool can_store_grads() const;
   void refresh_master_weights(std::span<const Stream> streams);
   void refuse_if_broken() const;
+  /// Where the step at hand would be one of other tensors.
+  void refuse_others_in_capture(std::span<const Stream> streams);
   /// Whether a step was captured, and may run at any time.
   bool in_graphs() const;
 
@@ -135,6 +140,7 @@ class Engine {
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 
   // capture.cpp: a step that runs later, in a CUDA graph
+  const DeviceRecord* captured_device(std::span<const Stream> streams);
   bool is_captured(std::span<const Stream> streams);
   void refuse_in_capture(const char* call, std::span<const Stream> streams);
   const ParameterRecord* stepping_on(const DeviceRecord& device) const;

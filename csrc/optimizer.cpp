@@ -127,12 +127,14 @@ void Optimizer::load_state_dict(const StateDict& state, std::span<const Stream> 
   });
 }
 LoadReport Optimizer::load(const std::filesystem::path& file, const LoadOptions& options) {
+  wait_for_save();
   return detail::with_host_memory([&] {
     detail::StateFileReader source(file);
     return detail::EngineLoader(*engine_, options).load(source, false);
   });
 }
 LoadReport Optimizer::load(const StateDict& state, const LoadOptions& options) {
+  wait_for_save();
   return detail::with_host_memory([&] {
     detail::DictSource source(state);
     return detail::EngineLoader(*engine_, options).load(source, false);

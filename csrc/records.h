@@ -44,6 +44,7 @@ struct ParameterRecord {
   bool may_lack_grad = false;  // in a captured step; its framework has been asked
   bool grad_moved = false;     // since the plan was staged: it is in DeviceRecord::changed_grads
   int row = -1;                // in the device's plan; -1 if it does not step
+  int layout = -1;             // there: position in Layouts
 
   std::size_t grad_bytes() const { return static_cast<std::size_t>(size) * size_of(grad.dtype); }
   bool steps() const { return !frozen && grad.present; }

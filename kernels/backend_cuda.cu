@@ -274,6 +274,14 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void copy_grad_norm(double* to, void* stream) override {
+    Work work(*this, stream, Captured::kToo);
+    cuda_check(cudaMemcpyAsync(to, &control_.data()->grad_norm, sizeof *to,
+                               cudaMemcpyDeviceToDevice, work.stream()),
+               device_, "copying the gradient norm");
+    work.finish();
+  }
+
   StepState read_state(int index) override { return read_one(states_.data() + index, nullptr); }
   void write_state(int index, StepState state, void* stream) override {
     Work work(*this, stream);

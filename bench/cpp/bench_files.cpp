@@ -1,10 +1,13 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Saving and loading through the file layer beside what the disk does in the same run: sequential
-// writes of one buffer followed by one fsync, and sequential reads, of as many bytes. They
-// alternate; of_plain is the median of the ratios of pairs. Before every read the file is dropped
-// from the page cache as far as a program may do that for a file of its own (posix_fadvise).
+// Saving and loading, through the file layer (write, read) and of an optimizer's state (save_state,
+// load_state: into an optimizer that has none yet), beside what the disk does in the same run:
+// sequential writes of one buffer followed by one fsync, and sequential reads, of as many bytes.
+// They alternate; of_plain is the median of the ratios of pairs. Before every read the file is
+// dropped from the page cache as far as a program may do that for a file of its own
+// (posix_fadvise). What load_state is compared with reads into new memory as well: on a virtual
+// machine its first touch may cost more than the disk.
 //
 //   bench_files [--gigabytes=1] [--repeats=5] [--directory=beside the program]
 //               [Google Benchmark's own options]
@@ -16,10 +19,13 @@
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <span>
 #include <system_error>
 
 #include "files/crc32c.h"
 #include "files/safetensors.h"
+#include "fusestep/fusestep.h"
 #include "options.h"
 
 namespace fusestep::bench {
@@ -82,11 +88,12 @@ void write_plain(const std::filesystem::path& file, int tensors) {
   close(descriptor);
 }
 
-void read_plain(const std::filesystem::path& file, std::vector<char>& into) {
+/// Into all of `into` if the file fits, else again and again.
+void read_plain(const std::filesystem::path& file, std::span<char> into) {
   const int descriptor = open(file.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) fail(file);
   for (std::size_t done = 0;;) {
-    const ssize_t got = read(descriptor, into.data() + done % kTensorBytes, kCallBytes);
+    const ssize_t got = read(descriptor, into.data() + done % into.size(), kCallBytes);
     if (got < 0) fail(file);
     if (got == 0) break;
     done += static_cast<std::size_t>(got);
@@ -112,6 +119,42 @@ void load(const std::filesystem::path& file, std::vector<char>& into) {
     reader.read_all(i, into.data(), into.size());
   }
 }
+
+/// Adam over parameters with as many bytes of state as the tensors have.
+class Training {
+ public:
+  explicit Training(int tensors) : elements_(static_cast<std::int64_t>(kTensorBytes / 8)) {
+    for (int i = 0; i < tensors; ++i) {
+      values_.emplace_back(static_cast<std::size_t>(elements_), 0.5f);
+    }
+    grad_.assign(static_cast<std::size_t>(elements_), 0.25f);
+  }
+  Optimizer optimizer() {
+    Optimizer made;
+    std::vector<Parameter> parameters;
+    for (std::vector<float>& value : values_) {
+      parameters.push_back(
+          {"w" + std::to_string(parameters.size()), view(value.data(), {elements_})});
+    }
+    made.add_group("all", AdamHyper{}, std::move(parameters));
+    return made;
+  }
+  /// One parameter after the other, so that one gradient is enough.
+  Optimizer stepped() {
+    Optimizer made = optimizer();
+    for (ParameterRef parameter : made.group("all").parameters()) {
+      parameter.set_grad(view(grad_.data(), {elements_}));
+      made.step();
+      parameter.clear_grad();
+    }
+    return made;
+  }
+
+ private:
+  std::int64_t elements_;
+  std::vector<std::vector<float>> values_;
+  std::vector<float> grad_;
+};
 
 /// Removes what it names.
 struct File {
@@ -169,6 +212,48 @@ void read_benchmark(benchmark::State& state, const std::filesystem::path& direct
   }
 }
 
+void save_state_benchmark(benchmark::State& state, const std::filesystem::path& directory,
+                          int tensors, int repeats) {
+  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
+  Training training(tensors);
+  Optimizer optimizer = training.stepped();
+  const auto measure = [&](const File& file, const auto& write) {
+    std::filesystem::remove(file.path);
+    return seconds([&] { write(file.path); });
+  };
+  for (auto _ : state) {
+    compare(
+        state, repeats, static_cast<double>(kTensorBytes) * tensors,
+        [&] { return measure(ours, [&](const auto& path) { optimizer.save(path); }); },
+        [&] { return measure(plain, [&](const auto& path) { write_plain(path, tensors); }); });
+  }
+}
+
+void load_state_benchmark(benchmark::State& state, const std::filesystem::path& directory,
+                          int tensors, int repeats, bool cached) {
+  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
+  write_plain(plain.path, tensors);
+  Training training(tensors);
+  training.stepped().save(ours.path);
+  const auto measure = [&](const File& file, const auto& read) {
+    if (!cached) drop_from_cache(file.path);
+    return seconds([&] { read(file.path); });
+  };
+  const auto load_state = [&] {
+    Optimizer optimizer = training.optimizer();
+    return measure(ours, [&](const auto& path) { optimizer.load(path); });
+  };
+  const std::size_t bytes = kTensorBytes * static_cast<std::size_t>(tensors);
+  const auto read_into_new_memory = [&] {
+    const std::unique_ptr<char[]> memory(new char[bytes]);
+    return measure(plain, [&](const auto& path) { read_plain(path, {memory.get(), bytes}); });
+  };
+  for (auto _ : state) {
+    compare(state, repeats, static_cast<double>(kTensorBytes) * tensors, load_state,
+            read_into_new_memory);
+  }
+}
+
 void crc_benchmark(benchmark::State& state, bool portable, std::size_t bytes) {
   for (auto _ : state) {
     benchmark::DoNotOptimize(
@@ -191,6 +276,12 @@ int main(int argc, char** argv) {
   run_once("read", [=](auto& state) { read_benchmark(state, directory, tensors, repeats, false); });
   run_once("read_cached",
            [=](auto& state) { read_benchmark(state, directory, tensors, repeats, true); });
+  run_once("save_state",
+           [=](auto& state) { save_state_benchmark(state, directory, tensors, repeats); });
+  run_once("load_state",
+           [=](auto& state) { load_state_benchmark(state, directory, tensors, repeats, false); });
+  run_once("load_state_cached",
+           [=](auto& state) { load_state_benchmark(state, directory, tensors, repeats, true); });
   for (const bool portable : {false, true}) {
     for (const auto& [name, bytes] :
          {std::pair("256KiB", std::size_t{256} << 10), std::pair("64MiB", kTensorBytes)}) {

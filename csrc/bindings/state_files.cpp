@@ -37,14 +37,12 @@ class PythonSource final : public detail::StateSource {
 
   const detail::Description& description() const override { return description_; }
   const Metadata& metadata() const override { return metadata_; }
-  void read(int parameter, const std::string& slot, const detail::TakePiece& take) override {
+  void read(int parameter, const std::string& slot, detail::ByteRange range,
+            const detail::TakePiece& take) override {
     const auto [address, bytes] = addresses_.at({parameter, slot});
-    for (std::size_t done = 0; done < bytes; done += detail::kPieceBytes) {
-      take(reinterpret_cast<const char*>(address) + done,
-           std::min(detail::kPieceBytes, bytes - done));
-    }
+    detail::take_pieces(reinterpret_cast<const void*>(address), bytes, range, take);
   }
-  void verify(int, const std::string&) override {}
+  void verify(int, const std::string&, detail::ByteRange) override {}
 
  private:
   detail::Description description_;
@@ -62,15 +60,11 @@ LoadWhat what_named(const std::string& what) {
 /// All of a slot into memory of exactly its size.
 void read_into(detail::StateFileReader& file, int parameter, const std::string& slot,
                std::uintptr_t address, std::size_t bytes) {
-  auto* next = reinterpret_cast<char*>(address);
-  std::size_t room = bytes;
+  if (file.bytes(parameter, slot) > bytes) {
+    throw InvalidArgument("there is no room for slot '" + slot + "'");
+  }
   const py::gil_scoped_release release;
-  file.read(parameter, slot, [&](const void* data, std::size_t piece) {
-    if (piece > room) throw InvalidArgument("there is no room for slot '" + slot + "'");
-    std::memcpy(next, data, piece);
-    next += piece;
-    room -= piece;
-  });
+  file.read_into(parameter, slot, {}, reinterpret_cast<void*>(address));
 }
 
 /// All of a slot through a buffer: calls take(bytes) whenever it is full, and at the end.
@@ -84,7 +78,7 @@ void read_through(detail::StateFileReader& file, int parameter, const std::strin
     take(filled);
     filled = 0;
   };
-  file.read(parameter, slot, [&](const void* data, std::size_t bytes) {
+  file.read(parameter, slot, {}, [&](const void* data, std::size_t bytes) {
     for (std::size_t done = 0; done < bytes;) {
       const std::size_t now = std::min(bytes - done, size - filled);
       std::memcpy(buffer + filled, static_cast<const char*>(data) + done, now);
@@ -106,11 +100,11 @@ void check_settings(const detail::Description& saved) {
 }
 
 std::string match_state(const std::string& saved, const std::string& here, const std::string& what,
-                        bool convert, bool values) {
+                        bool convert, bool values, bool other_slots) {
   const auto read = [](const std::string& text) {
     return detail::description_from_json(detail::parse_json(text, "description"));
   };
-  const detail::MatchOptions options{what_named(what), convert, values, false};
+  const detail::MatchOptions options{what_named(what), convert, values, other_slots, false};
   const detail::Description description = read(saved);
   if (options.what != LoadWhat::kState) check_settings(description);
   const detail::Match matched = detail::match(description, read(here), options);
@@ -200,7 +194,7 @@ void bind_state_files(py::module_& m) {
           py::call_guard<py::gil_scoped_release>())
       .def("commit", &StateFileWriter::commit, py::call_guard<py::gil_scoped_release>());
   m.def("match_state", &match_state, py::arg("saved"), py::arg("here"), py::arg("what"),
-        py::arg("convert"), py::arg("values"));
+        py::arg("convert"), py::arg("values"), py::arg("other_slots"));
   m.def("check_user_metadata", &detail::check_user_metadata, py::arg("metadata"));
 }
 

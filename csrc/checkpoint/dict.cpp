@@ -2,8 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoint/dict.h"
 
-#include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "checkpoint/state_file.h"
@@ -67,12 +65,11 @@ DictSource::DictSource(const StateDict& dict) : dict_(dict) {
   }
 }
 
-void DictSource::read(int parameter, const std::string& slot, const TakePiece& take) {
+void DictSource::read(int parameter, const std::string& slot, ByteRange range,
+                      const TakePiece& take) {
   const ParameterState& state = dict_.state[positions_[static_cast<std::size_t>(parameter)]];
   const std::vector<std::byte>& data = state.slots.at(slot).data;
-  for (std::size_t done = 0; done < data.size(); done += kPieceBytes) {
-    take(data.data() + done, std::min(kPieceBytes, data.size() - done));
-  }
+  take_pieces(data.data(), data.size(), range, take);
 }
 
 StateDict to_dict(StateSource& source) {
@@ -104,11 +101,7 @@ StateDict to_dict(StateSource& source) {
       const DType dtype = dtype_from_name(tensor.dtype, text);
       StateTensor& slot = state.slots[name] = {dtype, tensor.shape, {}};
       slot.data.resize(bytes_of(dtype, tensor.shape, text));
-      std::byte* next = slot.data.data();
-      source.read(static_cast<int>(i), name, [&](const void* data, std::size_t bytes) {
-        std::memcpy(next, data, bytes);
-        next += bytes;
-      });
+      source.read_into(static_cast<int>(i), name, {}, slot.data.data());
     }
     dict.state.push_back(std::move(state));
   }

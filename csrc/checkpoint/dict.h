@@ -15,8 +15,9 @@ class DictSource final : public StateSource {
 
   const Description& description() const override { return description_; }
   const Metadata& metadata() const override { return dict_.metadata; }
-  void read(int parameter, const std::string& slot, const TakePiece& take) override;
-  void verify(int, const std::string&) override {}
+  void read(int parameter, const std::string& slot, ByteRange range,
+            const TakePiece& take) override;
+  void verify(int, const std::string&, ByteRange) override {}
 
  private:
   const StateDict& dict_;

@@ -155,13 +155,15 @@ ParameterDescription EngineSource::describe(int index, bool value) {
   return description;
 }
 
-void EngineSource::read(int index, const std::string& name, const TakePiece& take) {
+void EngineSource::read(int index, const std::string& name, ByteRange range,
+                        const TakePiece& take) {
   const ParameterRecord& record = engine_.parameters_[static_cast<std::size_t>(index)];
   const TensorView memory = name == kValue ? record.value : engine_.slot(index, name);
   Backend& backend = *engine_.device_of(record).backend;
   const auto* data = static_cast<const std::byte*>(memory.data);
-  for (std::size_t done = 0; done < memory.bytes(); done += kPieceBytes) {
-    const std::size_t bytes = std::min(kPieceBytes, memory.bytes() - done);
+  const std::uint64_t end = std::min<std::uint64_t>(range.end, memory.bytes());
+  for (std::uint64_t done = range.begin; done < end; done += kPieceBytes) {
+    const std::size_t bytes = std::min<std::uint64_t>(kPieceBytes, end - done);
     const void* piece = nullptr;
     engine_.on_device(
         [&] { piece = backend.read(data + done, bytes, stream_of(streams_, memory.device)); });
@@ -194,7 +196,7 @@ Match EngineLoader::match_or_refuse(const StateSource& source, const Description
   Match matched;
   try {
     matched = match(saved, here.description(),
-                    {options_.what, options_.convert, options_.values, by_position});
+                    {options_.what, options_.convert, options_.values, false, by_position});
     if (options_.what != LoadWhat::kState) read_settings(saved, matched.settings);
   } catch (const InvalidArgument& error) {
     source.refuse(error.what());
@@ -292,7 +294,7 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
 
 void EngineLoader::verify_what_is_overwritten(StateSource& source) {
   for (const Transfer& t : transfers_) {
-    if (t.in_place && t.saved >= 0) source.verify(t.saved, t.name);
+    if (t.in_place && t.saved >= 0) source.verify(t.saved, t.name, {});
   }
 }
 
@@ -367,7 +369,12 @@ void EngineLoader::transfer(StateSource& source) {
       write(t, next, nullptr, static_cast<std::size_t>(record(t.here).size) * size_of(t.to));
       continue;
     }
-    source.read(t.saved, t.name, [&](const void* data, std::size_t bytes) {
+    // Not over what is there: the first piece that arrives must be noticed.
+    if (!t.in_place && t.from == t.to && !device_of(t.here).device.is_cuda()) {
+      source.read_into(t.saved, t.name, {}, next);
+      continue;
+    }
+    source.read(t.saved, t.name, {}, [&](const void* data, std::size_t bytes) {
       if (t.from != t.to) {
         convert(data, bytes, t.from, t.to, converted.data());
         data = converted.data();

@@ -25,8 +25,9 @@ class EngineSource final : public StateSource {
 
   const Description& description() const override { return description_; }
   const Metadata& metadata() const override { return engine_.metadata_; }
-  void read(int parameter, const std::string& slot, const TakePiece& take) override;
-  void verify(int, const std::string&) override {}
+  void read(int parameter, const std::string& slot, ByteRange range,
+            const TakePiece& take) override;
+  void verify(int, const std::string&, ByteRange) override {}
 
  private:
   GroupDescription describe(const GroupRecord& group);

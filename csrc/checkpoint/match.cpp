@@ -199,7 +199,7 @@ class Matcher {
   }
 
   /// All of a parameter's state, or nothing of it where something does not fit. A slot no variant
-  /// of the rule has is passed over, one that is missing starts at zero.
+  /// of the rule has is the user's own: no step needs it. One that is missing starts at zero.
   void take_state(Match::Pair& pair) {
     const ParameterDescription& from = saved(pair);
     const ParameterDescription& to = here(pair);
@@ -228,8 +228,9 @@ class Matcher {
         check_tensor(text, slot, to.slot_shape, {std::string(name_of(DType::kFloat32))});
       } else if (known.some.count(name) != 0) {
         check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
-      } else {
-        result_.report.unexpected.push_back(text);
+      } else if (!options_.other_slots) {
+        auto& list = name == kMasterWeight ? result_.report.unexpected : result_.report.left_out;
+        list.push_back(text);
         continue;
       }
       pair.slots.push_back(name);

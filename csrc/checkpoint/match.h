@@ -16,6 +16,8 @@ struct MatchOptions {
   LoadWhat what = LoadWhat::kAll;
   bool convert = false;
   bool values = true;
+  /// Slots that no variant of the rule has are taken too, whatever they are.
+  bool other_slots = false;
   /// By position instead of name. Numbers of groups and parameters must agree.
   bool by_position = false;
 };

@@ -55,7 +55,8 @@ std::string value_text(const std::string& value) { return value.empty() ? "none"
 
 std::string LoadReport::to_string() const {
   std::string text = count_line("matching", loaded) + count_line("missing", missing) +
-                     count_line("unexpected", unexpected) + count_line("converted", converted);
+                     count_line("unexpected", unexpected) + count_line("converted", converted) +
+                     count_line("left out", left_out);
   std::vector<Row> rows;
   for (const Mismatch& m : mismatched) {
     rows.push_back({m.name, m.what, "saved " + m.saved, "here " + m.here});
@@ -96,10 +97,15 @@ Json to_json(const LoadReport& report) {
                      {"here", d.here},
                      {"taken", d.taken}});
   }
-  return {{"loaded", report.loaded},         {"missing", report.missing},
-          {"unexpected", report.unexpected}, {"mismatched", mismatched},
-          {"converted", report.converted},   {"hyper", hyper},
-          {"metadata", report.metadata},     {"text", report.to_string()}};
+  return {{"loaded", report.loaded},
+          {"missing", report.missing},
+          {"unexpected", report.unexpected},
+          {"mismatched", mismatched},
+          {"converted", report.converted},
+          {"left_out", report.left_out},
+          {"hyper", hyper},
+          {"metadata", report.metadata},
+          {"text", report.to_string()}};
 }
 
 }  // namespace detail

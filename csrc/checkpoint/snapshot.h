@@ -4,7 +4,6 @@
 // A copy of a source in the host's memory: what a save in the background writes.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <map>
 #include <string>
@@ -24,7 +23,7 @@ class Snapshot final : public StateSource {
         const int parameter = static_cast<int>(i);
         std::vector<std::byte>& copy = contents_[{parameter, name}];
         copy.reserve(bytes_of(dtype_from_name(slot.dtype, name), slot.shape, name));
-        source.read(parameter, name, [&](const void* data, std::size_t bytes) {
+        source.read(parameter, name, {}, [&](const void* data, std::size_t bytes) {
           const auto* first = static_cast<const std::byte*>(data);
           copy.insert(copy.end(), first, first + bytes);
         });
@@ -34,13 +33,12 @@ class Snapshot final : public StateSource {
 
   const Description& description() const override { return description_; }
   const Metadata& metadata() const override { return metadata_; }
-  void read(int parameter, const std::string& slot, const TakePiece& take) override {
+  void read(int parameter, const std::string& slot, ByteRange range,
+            const TakePiece& take) override {
     const std::vector<std::byte>& copy = contents_.at({parameter, slot});
-    for (std::size_t done = 0; done < copy.size(); done += kPieceBytes) {
-      take(copy.data() + done, std::min(kPieceBytes, copy.size() - done));
-    }
+    take_pieces(copy.data(), copy.size(), range, take);
   }
-  void verify(int, const std::string&) override {}
+  void verify(int, const std::string&, ByteRange) override {}
 
  private:
   Description description_;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <set>
 
+#include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
 
 namespace fusestep::detail {
@@ -61,6 +62,16 @@ std::optional<TensorName> split(const std::string& name) {
 bool is_step_of_plain_file(const TensorInfo& tensor, const std::string& slot) {
   const auto is_one = [](std::int64_t extent) { return extent == 1; };
   return slot == "step" && std::all_of(tensor.shape.begin(), tensor.shape.end(), is_one);
+}
+
+/// Slots of the user's own may have any shape.
+bool is_like_value(const std::string& slot) {
+  if (slot == "value") return true;
+  bool found = false;
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (const std::string_view name : rule_info(rule).slots) found = found || name == slot;
+  }
+  return found;
 }
 
 void check_utf8(const std::string& name, const std::string& what) {
@@ -167,7 +178,7 @@ void StateFileReader::describe_by_names() {
     ParameterDescription& parameter = description_.parameters[found->second];
     if (is_step_of_plain_file(tensor, name->slot)) {
       parameter.step = read_step(i);
-    } else if (parameter.value.dtype.empty() || name->slot == "value") {
+    } else if (parameter.value.dtype.empty() || is_like_value(name->slot)) {
       parameter.value = {torch_dtype(tensor.dtype), tensor.shape};
     }
   }
@@ -224,11 +235,27 @@ std::size_t StateFileReader::tensor(int parameter, const std::string& slot) cons
   return tensors_.at({parameter, slot});
 }
 
-void StateFileReader::read(int parameter, const std::string& slot, const TakePiece& take) {
-  file_.read_all(tensor(parameter, slot), take);
+std::uint64_t StateFileReader::bytes(int parameter, const std::string& slot) const {
+  return file_.tensors()[tensor(parameter, slot)].bytes();
 }
 
-void StateFileReader::verify(int parameter, const std::string& slot) {
+void StateFileReader::read(int parameter, const std::string& slot, ByteRange range,
+                           const TakePiece& take) {
+  std::uint64_t done = 0;
+  file_.read_all(tensor(parameter, slot), [&](const void* data, std::size_t bytes) {
+    const std::uint64_t begin = std::clamp<std::uint64_t>(range.begin, done, done + bytes);
+    const std::uint64_t end = std::clamp<std::uint64_t>(range.end, done, done + bytes);
+    if (begin < end) take(static_cast<const std::byte*>(data) + (begin - done), end - begin);
+    done += bytes;
+  });
+}
+
+void StateFileReader::read_into(int parameter, const std::string& slot, ByteRange range, void* to) {
+  range.end = std::min(range.end, bytes(parameter, slot));
+  file_.read_range(tensor(parameter, slot), range.begin, range.end, to);
+}
+
+void StateFileReader::verify(int parameter, const std::string& slot, ByteRange) {
   file_.verify(tensor(parameter, slot));
 }
 
@@ -277,7 +304,7 @@ void write_file(StateSource& source, const Metadata& more, const std::filesystem
   for (std::size_t i = 0; i < description.parameters.size(); ++i) {
     for (const auto& [slot, tensor] : description.parameters[i].slots) {
       const int parameter = static_cast<int>(i);
-      source.read(parameter, slot, [&, &name = slot](const void* data, std::size_t bytes) {
+      source.read(parameter, slot, {}, [&, &name = slot](const void* data, std::size_t bytes) {
         file.write(parameter, name, data, bytes);
       });
     }

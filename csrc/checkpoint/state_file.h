@@ -22,8 +22,11 @@ class StateFileReader final : public StateSource {
 
   const Description& description() const override { return description_; }
   const Metadata& metadata() const override { return metadata_; }
-  void read(int parameter, const std::string& slot, const TakePiece& take) override;
-  void verify(int parameter, const std::string& slot) override;
+  void read(int parameter, const std::string& slot, ByteRange range,
+            const TakePiece& take) override;
+  void read_into(int parameter, const std::string& slot, ByteRange range, void* to) override;
+  void verify(int parameter, const std::string& slot, ByteRange range) override;
+  std::uint64_t bytes(int parameter, const std::string& slot) const;
   [[noreturn]] void refuse(const std::string& problem) const override;
 
  private:

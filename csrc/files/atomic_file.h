@@ -19,6 +19,10 @@ namespace fusestep::detail {
 /// Written beside its target under a name of its own, synced, and then renamed over the target,
 /// which stays as it was until then. A symbolic link is followed: the file it points to is
 /// replaced. Errors are FileErrors, and leave the target as it was unless they say otherwise.
+///
+/// The temporary file is locked while it is written, and the system unlocks it when the process
+/// ends, however it does: one that nobody has locked is left over, and the next commit() to the
+/// same name removes it.
 class AtomicFile {
  public:
   /// Creates the temporary file. It gets the permissions of the target where that exists.
@@ -37,11 +41,15 @@ class AtomicFile {
   void open_directory();
   std::optional<mode_t> target_permissions() const;
   void create_temporary();
+  bool create_temporary_and_lock_it(const std::string& name, mode_t permissions);
+  void start_write_back(std::uint64_t begin, std::uint64_t end);
   void remove_temporary() noexcept;
+  void remove_left_over() const noexcept;
 
   const std::filesystem::path path_;    // as the caller has it, for messages
   const std::filesystem::path target_;  // without symbolic links
   FileDescriptor directory_, file_;
+  std::uint64_t unsent_begin_ = 0, unsent_end_ = 0;  // written, and not on its way to the disk
   std::string temporary_;  // its name in the directory; empty: there is none
 };
 

@@ -88,6 +88,8 @@ class SafetensorsReader {
 
   /// All of a tensor; throws if its checksum differs. `bytes` is the room there is.
   void read_all(std::size_t tensor, void* out, std::size_t bytes) const;
+  /// Bytes [begin, end) of a tensor, of which everything is read and checked in the same way.
+  void read_range(std::size_t tensor, std::uint64_t begin, std::uint64_t end, void* out) const;
   /// All of a tensor in pieces, in order. What `take` got is worth nothing if this throws, which
   /// is known at the end.
   void read_all(std::size_t tensor,

@@ -175,10 +175,25 @@ void SafetensorsReader::read_all(std::size_t tensor, void* out, std::size_t byte
     throw InvalidArgument(where(path_, read.name) + ": has " + std::to_string(read.bytes()) +
                           " bytes, asked for " + std::to_string(bytes));
   }
+  read_range(tensor, 0, bytes, out);
+}
+
+void SafetensorsReader::read_range(std::size_t tensor, std::uint64_t begin, std::uint64_t end,
+                                   void* out) const {
+  const TensorInfo& read = info(tensor);
+  if (begin > end || end > read.bytes()) {
+    throw InvalidArgument(where(path_, read.name) + ": has " + std::to_string(read.bytes()) +
+                          " bytes, asked for " + std::to_string(begin) + " to " +
+                          std::to_string(end));
+  }
+  const bool is_whole = begin == 0 && end == read.bytes();
+  const std::unique_ptr<char[]> unwanted(is_whole ? nullptr : new char[kFilePieceBytes]);
   std::uint32_t crc = 0;
-  for (std::size_t done = 0; done < bytes;) {
-    const std::size_t piece = std::min(bytes - done, kFilePieceBytes);
-    char* to = static_cast<char*>(out) + done;
+  for (std::uint64_t done = 0; done < read.bytes();) {
+    const bool is_wanted = done >= begin && done < end;
+    const std::uint64_t limit = is_wanted ? end : done < begin ? begin : read.bytes();
+    const std::size_t piece = std::min<std::uint64_t>(limit - done, kFilePieceBytes);
+    char* to = is_wanted ? static_cast<char*>(out) + (done - begin) : unwanted.get();
     read_at(data_begin_ + read.begin + done, to, piece);
     crc = crc32c(crc, to, piece);
     done += piece;

@@ -263,7 +263,7 @@ class FUSESTEP_API Optimizer {
   /// an older file then stays whole.
   void save(const std::filesystem::path& file, const SaveOptions& options = {});
   /// Copies the state to memory and writes it in the background. What goes wrong there is thrown by
-  /// the next save, save_async or wait_for_save, which wait for it and then do nothing else.
+  /// the next save, save_async, load or wait_for_save, which wait for it and then do nothing else.
   void save_async(const std::filesystem::path& file, const SaveOptions& options = {});
   void wait_for_save();
 

@@ -107,6 +107,9 @@ struct FUSESTEP_API LoadReport {
   std::vector<std::string> unexpected;  ///< saved, but not here
   std::vector<Mismatch> mismatched;     ///< in both, and left alone
   std::vector<std::string> converted;   ///< `<parameter>/<slot>`, rounded to another dtype
+  /// `<parameter>/<slot>` of the user's own, which the rule does not have and this optimizer cannot
+  /// hold: not taken, and no reason to refuse a load.
+  std::vector<std::string> left_out;
   std::vector<HyperDifference> hyper;
   Metadata metadata;  ///< the user's
 

@@ -25,8 +25,6 @@ SavedNames = torch.nn.Module | Iterable[str] | Iterable[tuple[str, Any]] | None
 
 # How another program wanted to step: of a loaded group they would steer nothing here.
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
-# In the order in which steps make them.
-SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "momentum_buffer", "grad_avg", "value")
 
 
 class Checkpoints:
@@ -118,7 +116,8 @@ class Checkpoints:
         if isinstance(self, torch.optim.AdamW):
             for group in saved:
                 group["hyper"]["decoupled_weight_decay"] = True  # it is, also of a group that was Adam's
-        matched = json.loads(_core.match_state(state.as_json(saved), state.as_json(here), what, convert, values))
+        descriptions = state.as_json(saved), state.as_json(here)
+        matched = json.loads(_core.match_state(*descriptions, what, convert, values, other_slots=True))
         matched["report"]["metadata"] = source.metadata
         report = state.checked(LoadReport.from_json(matched["report"]), strict)
         new = _NewState(self, source, matched, what)
@@ -237,7 +236,7 @@ class _Snapshot:
 
     def _add(self, index, described, p, own, values):
         found = state.describe_state(described["name"], own)
-        described |= {key: found[key] for key in ("step", "slots") if key in found}
+        described |= {key: found[key] for key in ("step", "slots", "complex_slots") if key in found}
         tensors = {slot: own[slot] for slot in described["slots"]}
         if values:
             tensors["value"] = p
@@ -308,19 +307,24 @@ class _NewState:
     def _state_of(self, saved, slots, group, p):
         """(parameter, its new state, its new value or None, whether it was frozen)."""
         described = self._saved[saved]
-        tensors = {slot: self._read(saved, slot, p) for slot in sorted(slots, key=SLOTS.index)}
+        of_rule = state.SLOTS[_rule(self._optimizer)]
+        ordered = [slot for slot in of_rule if slot in slots] + sorted(set(slots).difference(of_rule))
+        tensors = {slot: self._read(saved, slot, p, slot in of_rule or slot == "value") for slot in ordered}
         value = tensors.pop("value", None)
         if value is not None and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
             raise _core.InvalidArgument(f"parameter '{described['name']}' is expanded: its value cannot be loaded")
-        own = {slot: _laid_out_like(p, tensor) for slot, tensor in tensors.items()}
-        if own and "step" in self._optimizer._state_names(group):
+        own = {slot: _laid_out_like(p, tensor) if slot in of_rule else tensor for slot, tensor in tensors.items()}
+        counts = "step" in described or not own.keys().isdisjoint(of_rule)
+        if own and counts and "step" in self._optimizer._state_names(group):
             count = state.decode(described.get("step", 0.0), "step", _make_tensor)
             own = {"step": self._optimizer._new_step(count, p, group), **own}
         return p, own, value, described.get("frozen", False)
 
-    def _read(self, saved, slot, p):
-        tensor = self._source.slot(saved, slot, self._saved[saved]["slots"][slot], p.device)
-        return torch.view_as_complex(tensor) if p.is_complex() else tensor
+    def _read(self, saved, slot, p, is_like_p):
+        described = self._saved[saved]
+        tensor = self._source.slot(saved, slot, described["slots"][slot], p.device)
+        is_complex = p.is_complex() if is_like_p else slot in described.get("complex_slots", ())
+        return torch.view_as_complex(tensor) if is_complex else tensor
 
     def enter(self):
         for p, own, value, frozen in self._states:

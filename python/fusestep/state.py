@@ -45,13 +45,17 @@ class HyperDifference(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load took, and what it did not. Printing it gives a table."""
+    """What a load took, and what it did not. Printing it gives a table.
+
+    `left_out` are slots of the user's own that this optimizer cannot hold; they hinder no load.
+    """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     hyper: list[HyperDifference] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     text: str = field(default="", repr=False)
@@ -238,6 +242,17 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+# ---- slots -------------------------------------------------------------------------------------
+
+# Of all variants of a rule, in the order in which steps make them. Others are the user's own.
+SLOTS = {
+    "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "AdamW": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "SGD": ("momentum_buffer",),
+    "RMSprop": ("square_avg", "momentum_buffer", "grad_avg"),
+}
+
+
 # ---- state_dicts -------------------------------------------------------------------------------
 
 
@@ -319,25 +334,33 @@ def describe_state_dict(state_dict: Mapping[str, Any], rule: str, names: list[st
                 "name": name,
                 "rule": rule,
                 "hyper": encode_settings(group, f"group '{name}'"),
-                "params": [describe_state(next(name_of_next), own) for own in states],
+                "params": [describe_state(next(name_of_next), own, SLOTS.get(rule)) for own in states],
             }
         )
     return groups
 
 
-def describe_state(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of one parameter's state. dtype and shape are its first slot's, or unknown."""
-    slots, first = {}, None
+def describe_state(name: str, state: Mapping[str, Any], of_rule: Iterable[str] | None = None) -> dict[str, Any]:
+    """The description of one parameter's state.
+
+    dtype and shape are those of the first slot of the rule (None: whatever it is), or unknown.
+    """
+    slots, complex_slots, first = {}, [], None
     for key, value in state.items():
         if key == "step" or value is None:
             continue
         if not (hasattr(value, "dtype") and hasattr(value, "shape")):
             kind = type(value).__name__
             raise _core.InvalidArgument(f"parameter '{name}', '{key}' is a {kind}, which is not saved or loaded")
-        first = value if first is None else first
+        if key == "value":
+            raise _core.InvalidArgument(f"parameter '{name}' has state named 'value', as files name its own value")
+        first = value if first is None and (of_rule is None or key in of_rule) else first
         slots[key] = describe_tensor(value)
+        if dtype_name(value).startswith("complex"):
+            complex_slots.append(key)
+    marked = {"complex_slots": complex_slots} if complex_slots else {}
     value = {"dtype": "", "shape": []} if first is None else {"dtype": dtype_name(first), "shape": list(first.shape)}
-    return {"name": name, **value, **describe_count(name, state.get("step")), "slots": slots}
+    return {"name": name, **value, **describe_count(name, state.get("step")), "slots": slots, **marked}
 
 
 def describe_count(name: str, step: Any) -> dict[str, Any]:

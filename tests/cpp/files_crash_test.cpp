@@ -74,12 +74,13 @@ TEST(Order, OfWriteSyncRenameSync) {
   const std::string temporary = "model\\.[0-9a-f]+\\.tmp";
   const std::string folder = directory.name().filename().string();
   EXPECT_THAT(trace_of_saving(directory / "model"),
-              ElementsAre(MatchesRegex("openat " + temporary), MatchesRegex("pwrite " + temporary),
-                          MatchesRegex("fsync " + temporary),
+              ElementsAre(MatchesRegex("openat " + temporary), MatchesRegex("flock " + temporary),
+                          MatchesRegex("pwrite " + temporary), MatchesRegex("fsync " + temporary),
                           MatchesRegex("renameat " + temporary + " -> model"), "fsync " + folder));
   EXPECT_THAT(trace_of_saving(directory / "model"),
-              ElementsAre(MatchesRegex("openat " + temporary), MatchesRegex("fchmod " + temporary),
-                          MatchesRegex("pwrite " + temporary), MatchesRegex("fsync " + temporary),
+              ElementsAre(MatchesRegex("openat " + temporary), MatchesRegex("flock " + temporary),
+                          MatchesRegex("fchmod " + temporary), MatchesRegex("pwrite " + temporary),
+                          MatchesRegex("fsync " + temporary),
                           MatchesRegex("renameat " + temporary + " -> model"), "fsync " + folder));
   EXPECT_THAT(directory.entries(), ElementsAre("model"));
 }
@@ -151,6 +152,16 @@ TEST(Failure, OfWhatCanBeTriedAgain) {
   system_calls::failing("openat", 0, EEXIST, true,  // the name is taken
                         [&] { EXPECT_EQ(problem_of_saving(file, numbered(++number)), ""); });
   EXPECT_EQ(number_in(file), number);
+  for (const int error : {EINTR, EWOULDBLOCK}) {  // the second: somebody is about to remove it
+    system_calls::failing("flock", 0, error, true,
+                          [&] { EXPECT_EQ(problem_of_saving(file, numbered(++number)), ""); });
+    EXPECT_EQ(number_in(file), number) << error;
+  }
+  for (const int error : {EOPNOTSUPP, ENOLCK, ENOSYS}) {  // a file system without locks
+    system_calls::failing("flock", 0, error, false,
+                          [&] { EXPECT_EQ(problem_of_saving(file, numbered(++number)), ""); });
+    EXPECT_EQ(number_in(file), number) << error;
+  }
   system_calls::writing_at_most(
       1000, [&] { EXPECT_EQ(problem_of_saving(file, numbered(++number)), ""); });
   EXPECT_EQ(number_in(file), number);
@@ -201,12 +212,6 @@ int wait_for(pid_t child) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-void remove_temporaries(const TemporaryDirectory& directory) {
-  for (const std::string& name : directory.entries()) {
-    if (name != "model") std::filesystem::remove(directory / name);
-  }
-}
-
 TEST(Killed, BeforeEveryCall) {
   const TemporaryDirectory directory;
   const path file = directory / "model";
@@ -217,16 +222,19 @@ TEST(Killed, BeforeEveryCall) {
                    [](const system_calls::Call& call) { return call.name == "renameat"; }) -
       calls.begin();
   const int count = static_cast<int>(calls.size());
+  int left_over = 0;
   for (int nth = 0; nth <= count; ++nth) {
     save(file, numbered(1));
+    ASSERT_THAT(directory.entries(), ElementsAre("model"));  // of the round before
     const int code = wait_for(start([&] {
       system_calls::die_before(nth);
       save(file, numbered(2));
     }));
     EXPECT_EQ(code, nth < count ? 128 + SIGKILL : 0) << nth;
     EXPECT_EQ(number_in(file), nth <= renamed ? 1u : 2u) << nth;
-    remove_temporaries(directory);
+    left_over += directory.entries().size() > 1 ? 1 : 0;
   }
+  EXPECT_EQ(left_over, renamed);
 }
 
 /// In memory that children share.
@@ -288,8 +296,9 @@ TEST(Killed, AtRandomMoments) {
     ++hits[stage.get()->load() + 1];
     number_in(file, bytes);
     ASSERT_FALSE(HasFailure()) << "round " << round << ", seed " << seed;
-    remove_temporaries(directory);
   }
+  save(file, contents[0]);
+  EXPECT_THAT(directory.entries(), ElementsAre("model"));
   std::printf("%d kills, seed %u, of saves of %.1f ms; outside of calls: %d", rounds, seed,
               save_us / 1000, hits[0]);
   for (std::size_t i = 0; i < std::size(system_calls::kNames); ++i) {
@@ -299,6 +308,132 @@ TEST(Killed, AtRandomMoments) {
   for (const int call : kSought) {
     EXPECT_TRUE(rounds < 200 || hits[call + 1] > 0) << system_calls::kNames[call];
   }
+}
+
+// ---- what the killed leave ------------------------------------------------------------------
+
+/// A child that has begun to save and waits: for a byte, with which it ends the save, or its death.
+class HalfSaved {
+ public:
+  HalfSaved(const path& file, std::uint64_t number) {
+    if (pipe(to_child_) != 0 || pipe(to_parent_) != 0) throw std::runtime_error("pipe");
+    child_ = start([&] {
+      const Content content = numbered(number);
+      SafetensorsWriter writer(file, content.metadata, content.tensors);
+      writer.write(0, content.data[0].data(), content.data[0].size());
+      char byte = 0;
+      if (write(to_parent_[1], &byte, 1) != 1 || read(to_child_[0], &byte, 1) != 1) _exit(2);
+      writer.write(1, content.data[1].data(), content.data[1].size());
+      writer.commit();
+    });
+    char byte = 0;
+    if (read(to_parent_[0], &byte, 1) != 1) throw std::runtime_error("the child is gone");
+  }
+  ~HalfSaved() {
+    for (const int end : {to_child_[0], to_child_[1], to_parent_[0], to_parent_[1]}) close(end);
+  }
+  HalfSaved(const HalfSaved&) = delete;
+  HalfSaved& operator=(const HalfSaved&) = delete;
+  int finish() {
+    const char byte = 0;
+    return write(to_child_[1], &byte, 1) == 1 ? wait_for(child_) : -1;
+  }
+  void die() {
+    kill(child_, SIGKILL);
+    wait_for(child_);
+  }
+
+ private:
+  int to_child_[2], to_parent_[2];
+  pid_t child_;
+};
+
+TEST(LeftOver, FilesOfTheDeadAreRemovedAndThoseOfTheLivingAreNot) {
+  const TemporaryDirectory directory;
+  const path file = directory / "model";
+  HalfSaved living(file, 1), dead(file, 2), also_dead(file, 3);
+  dead.die();
+  also_dead.die();
+  EXPECT_EQ(directory.entries().size(), 3u);
+  save(file, numbered(4));
+  EXPECT_EQ(directory.entries().size(), 2u);
+  EXPECT_EQ(number_in(file), 4u);
+  EXPECT_EQ(living.finish(), 0);
+  EXPECT_EQ(number_in(file), 1u);
+  EXPECT_THAT(directory.entries(), ElementsAre("model"));
+}
+
+/// Threads of one process are as apart as processes.
+TEST(LeftOver, ASaveInTheSameProcessStays) {
+  const TemporaryDirectory directory;
+  const path file = directory / "model";
+  const Content content = numbered(1);
+  {
+    SafetensorsWriter writer(file, content.metadata, content.tensors);
+    save(file, numbered(2));
+    for (std::size_t i = 0; i < 2; ++i) {
+      writer.write(i, content.data[i].data(), content.data[i].size());
+    }
+    writer.commit();
+  }
+  EXPECT_EQ(number_in(file), 1u);
+  EXPECT_THAT(directory.entries(), ElementsAre("model"));
+}
+
+TEST(LeftOver, OnlyWhatIsSurelyOurs) {
+  const TemporaryDirectory directory;
+  const std::string digits = "0123456789abcdef", ours = "model." + digits + ".tmp";
+  std::vector<std::string> kept = {"model.tmp",
+                                   "model." + digits,
+                                   "model." + digits + "0.tmp",
+                                   "model.0123456789abcdeF.tmp",
+                                   "model.0123456789abcde.tmp",
+                                   "xmodel." + digits + ".tmp",
+                                   "model2." + digits + ".tmp",
+                                   "model.a." + digits + ".tmp",
+                                   "mode." + digits + ".tmp"};
+  for (const std::string& name : kept) write_bytes(directory / name, "x");
+  kept.push_back("model.aaaaaaaaaaaaaaaa.tmp");
+  std::filesystem::create_directory(directory / kept.back());
+  kept.push_back("model.bbbbbbbbbbbbbbbb.tmp");
+  std::filesystem::create_symlink("model.tmp", directory / kept.back());
+  write_bytes(directory / ours, "x");
+  save(directory / "model", numbered(1));
+  kept.push_back("model");
+  std::sort(kept.begin(), kept.end());
+  EXPECT_EQ(directory.entries(), kept);
+}
+
+TEST(LeftOver, OfAFailedSaveNothingElseIsRemoved) {
+  const TemporaryDirectory directory;
+  const std::string left_over = "model.0123456789abcdef.tmp";
+  write_bytes(directory / left_over, "x");
+  system_calls::failing("renameat", 0, EIO, false, [&] {
+    EXPECT_NE(problem_of_saving(directory / "model", numbered(1)), "");
+  });
+  EXPECT_THAT(directory.entries(), ElementsAre(left_over));
+  // Nor can a file that cannot be removed hinder a save.
+  system_calls::failing("unlinkat", 0, EPERM, false, [&] {
+    EXPECT_EQ(problem_of_saving(directory / "model", numbered(1)), "");
+  });
+  EXPECT_THAT(directory.entries(), ElementsAre("model", left_over));
+}
+
+/// Another save removes the file that this one has created and not locked yet.
+TEST(LeftOver, RemovedBeforeItIsLocked) {
+  const TemporaryDirectory directory;
+  const path file = directory / "model";
+  int others = 0;
+  system_calls::before(
+      "flock",
+      [&] {
+        EXPECT_EQ(wait_for(start([&] { save(file, numbered(2)); })), 0);
+        ++others;
+      },
+      [&] { EXPECT_EQ(problem_of_saving(file, numbered(1)), ""); });
+  EXPECT_EQ(others, 1);
+  EXPECT_EQ(number_in(file), 1u);
+  EXPECT_THAT(directory.entries(), ElementsAre("model"));
 }
 
 // ---- several at a time ----------------------------------------------------------------------

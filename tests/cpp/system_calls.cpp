@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -23,6 +24,8 @@ int failing_after = 0, failing_error = 0, calls_until_death = -1;
 bool failing_once = false;
 std::size_t most = ~std::size_t{0};
 std::atomic<int>* published = nullptr;
+std::string awaited_name;
+std::function<void()> happens_before;
 
 std::string file_of(int descriptor) {
   char target[4096];
@@ -43,6 +46,10 @@ bool enter(const char* name, const std::string& file) {
   if (calls_until_death >= 0 && calls_until_death-- == 0) raise(SIGKILL);
   if (notes != nullptr) notes->push_back({name, file});
   publish(name);
+  if (name == awaited_name) {
+    awaited_name.clear();
+    happens_before();
+  }
   if (name != failing_name || failing_after-- > 0) return false;
   if (failing_once) failing_name.clear();
   errno = failing_error;
@@ -78,6 +85,14 @@ void failing(const std::string& name, int nth, int error, bool once,
   failing_once = once;
   work();
   failing_name.clear();
+}
+
+void before(const std::string& name, const std::function<void()>& then,
+            const std::function<void()>& work) {
+  awaited_name = name;
+  happens_before = then;
+  work();
+  awaited_name.clear();
 }
 
 void writing_at_most(std::size_t bytes, const std::function<void()>& work) {
@@ -136,6 +151,11 @@ int renameat(int from_directory, const char* from, int to_directory, const char*
 int unlinkat(int directory, const char* name, int flags) noexcept {
   if (enter("unlinkat", name)) return leave(-1);
   return leave(next<int(int, const char*, int)>("unlinkat")(directory, name, flags));
+}
+
+int flock(int file, int operation) noexcept {
+  if (enter("flock", file_of(file))) return leave(-1);
+  return leave(next<int(int, int)>("flock")(file, operation));
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 """fusestep.optim: saving, loading by name, and state_dicts from and to torch's classes."""
 
 import copy
+import functools
 import io
 import json
 import pathlib
@@ -661,6 +662,75 @@ def test_order_of_state_entries(name, tmp_path):
     assert [list(own) for own in resumed.state.values()] == [list(own) for own in optimizer.state.values()]
 
 
+OWN_STATE = {
+    "ema": lambda p: p.detach().clone(),
+    "aaa": lambda p: torch.arange(3),  # before the rule's slots wherever names are sorted
+    "count": lambda p: torch.tensor(7, dtype=torch.int64),
+    "flags": lambda p: torch.tensor([[True, False]]),
+    "rate": lambda p: torch.tensor(0.5, dtype=torch.float64),
+    "phase": lambda p: torch.tensor([1 + 2j, 3j], dtype=torch.complex64),
+    "half": lambda p: torch.ones(2, dtype=torch.bfloat16),
+    "grad_avg": lambda p: torch.ones(5),  # a slot of RMSprop
+    "none": lambda p: torch.empty(0, 3),
+}
+
+
+def own_state(name, p):
+    of_rule = fusestep.state.SLOTS[name]
+    return {slot: make(p) for slot, make in OWN_STATE.items() if slot not in of_rule}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("hand_over", [through_file, through_async_file, through_torch_file, through_state_dict])
+def test_state_of_the_users_own_comes_back(name, hand_over, dtype, strict, tmp_path):
+    """Whatever a user keeps in optimizer.state[p] belongs to it, as in torch's load_state_dict."""
+    parameters, optimizer = trained(name, dtype=dtype)
+    for p in parameters.values():
+        optimizer.state[p].update(own_state(name, p))
+    resumed_parameters = model(dtype=dtype)
+    for key, p in parameters.items():
+        resumed_parameters[key].data.copy_(p)
+    resumed = optimizer_of(name, resumed_parameters)
+    resumed.load = functools.partial(resumed.load, strict=strict)
+    report = hand_over(optimizer, resumed, tmp_path / "state")
+    assert report.complete and report.left_out == [] and sorted(report.loaded) == sorted(parameters)
+    for key, p in parameters.items():
+        before, after = optimizer.state[p], resumed.state[resumed_parameters[key]]
+        assert set(before) == set(after)
+        for slot in before:
+            assert before[slot].dtype == after[slot].dtype, slot
+            assert before[slot].shape == after[slot].shape and torch.equal(before[slot], after[slot]), slot
+    for trainee in (parameters, optimizer), (resumed_parameters, resumed):
+        train(*trainee, 2, first=3)
+    assert_same(everything(resumed_parameters, resumed), everything(parameters, optimizer))
+
+
+def test_a_parameter_with_nothing_but_state_of_the_users_own(name, tmp_path):
+    """It has never stepped, and has not when it is loaded."""
+    parameters = model()
+    optimizer = optimizer_of(name, parameters)
+    optimizer.state[parameters["scale"]]["ema"] = torch.ones(3)
+    optimizer.save(tmp_path / "state")
+    for source in (tmp_path / "state", optimizer.state_dict()):
+        fresh = model()
+        resumed = optimizer_of(name, fresh)
+        assert resumed.load(source).complete
+        assert {key: list(resumed.state[p]) for key, p in fresh.items() if p in resumed.state} == {"scale": ["ema"]}
+
+
+def test_arrays_leave_state_of_the_users_own_out(name, tmp_path):
+    parameters, optimizer = trained(name)
+    optimizer.state[parameters["scale"]]["count"] = torch.tensor(3)
+    optimizer.save(tmp_path / "state")
+    arrays = {key: p.detach().numpy() for key, p in model().items()}
+    resumed = fusestep.Optimizer(name, arrays, lr=0.02)
+    report = resumed.load(tmp_path / "state", what="state")
+    assert report.complete and report.left_out == ["scale/count"]
+    assert "left out    1     scale/count" in str(report)
+    assert set(resumed.slots("scale")) == set(optimizer.state[parameters["scale"]]) - {"step", "count"}
+
+
 # ---- settings --------------------------------------------------------------------------------------
 
 
@@ -1063,7 +1133,11 @@ BAD_DICTS = {
     "shape": (in_state("exp_avg", torch.zeros(5)), {}, r"does not fit\n  head.bias shape saved \[5\] here \[4\]"),
     "shape of second": (in_state("exp_avg_sq", torch.zeros(5)), {}, r"  head.bias/exp_avg_sq shape saved \[5\] here"),
     "lost slot": (edited(lambda given: given["state"][3].pop("exp_avg")), {}, "missing     1     head.bias/exp_avg\n?"),
-    "extra slot": (in_state("ema", torch.zeros(4)), {}, "unexpected  1     head.bias/ema"),
+    "slot named value": (
+        in_state("value", torch.zeros(4)),
+        {},
+        "'head.bias' has state named 'value', as files name its own",
+    ),
     "int": (in_state("exp_avg", torch.zeros(4).int()), {}, "head.bias/exp_avg dtype saved int32 here float32"),
     "no names": (edited(lambda g: g["param_groups"][0].pop("param_names")), {}, "the source has no names of parameter"),
     "few names": (edited(lambda given: None), {"saved_names": NAMES[:4]}, "saved_names: there are 4 for 6 parameters"),

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps in CUDA graphs. Also on simulated devices, which capture what is ours and not what is torch's."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -43,29 +41,47 @@ def replay(graph, mine, reference, seed):
 # ---- replays are steps -------------------------------------------------------------------------
 
 
-def test_a_hundred_replays_are_a_hundred_steps(name):
-    """With a schedule and skipped steps between."""
-    mine, reference = capturable(name, lr=0.1)
-    for optimizer in (mine, reference):
-        train(optimizer, 1)
-    mine.grad_scale, mine.found_inf = None, scalar(0.0, device.home())
+GUARDED = {"max_grad_norm": 20.0, "clip_value": 0.5, "skip_nonfinite": True}
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("guards", [{}, GUARDED], ids=["plain", "guarded"])
+def test_a_hundred_replays_are_a_hundred_steps(name, guards, scale):
+    """With a schedule and skipped steps between, and with everything a step does besides its rule."""
+    mine, reference = capturable(name, lr=0.1, **guards)
+    scales = [None if scale is None else scalar(scale, where) for where in (device.home(), None)]
+    for optimizer, own in zip((mine, reference), scales, strict=True):
+        optimizer.grad_scale, optimizer.found_inf = own, scalar(0.0, None if optimizer is reference else device.home())
+        train(optimizer, 2)
     graph = device.capture(mine.step)
     assert_same(mine, reference)
     schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 7, gamma=0.7) for optimizer in (mine, reference)]
+    skipped, clipped = 0, 0
     for index in range(100):
-        skipped = index % 6 == 0
-        mine.found_inf.fill_(float(skipped))
-        grads_in_place(mine, seed=index)
+        mine.found_inf.fill_(float(index % 6 == 1))
+        reference.found_inf.fill_(float(index % 6 == 1))
+        support.set_grads(params_of(reference), seed=index, scale=1.0 + index % 2)
+        if guards and index % 8 == 3:
+            params_of(reference)[3].grad[5] = torch.inf
+        for p, q in zip(params_of(mine), params_of(reference), strict=True):
+            p.grad.copy_(q.grad)
         graph.replay()
-        if not skipped:
-            train(reference, 1, seed=index)
-        with pytest.warns(UserWarning) if index == 0 and skipped else contextlib.nullcontext():
-            for schedule in schedules:
-                schedule.step()  # warns of a step it has not seen
+        reference.step()
+        skipped += index % 6 == 1 or bool(guards and index % 8 == 3)
+        if guards:
+            norm = float(mine.grad_norm)
+            assert norm == float(reference.grad_norm)
+            clipped += 20.0 < norm < torch.inf
+        for p, q in zip(params_of(mine), params_of(reference), strict=True):
+            support.assert_bits({"grad": p.grad}, {"grad": q.grad})
+        for schedule in schedules:
+            schedule.step()
         mine.sync_hyper()
         if index % 25 == 0:
             assert_same(mine, reference)
     assert mine.param_groups[0]["lr"] < 0.002
+    assert mine.skipped_steps == skipped == reference.skipped_steps
+    assert not guards or scale or 10 < clipped < 90
     assert_same(mine, reference)
 
 
@@ -213,9 +229,7 @@ def test_missing_gradients_are_refused(name):
     train(mine, 1)
     before = support.snapshot(mine)
     params_of(mine)[2].grad = None
-    assert refusal(mine) == REFUSED + (
-        "parameter 2 of group 0 has no gradient; compute one, or freeze the parameter"
-    )
+    assert refusal(mine) == REFUSED + ("parameter 2 of group 0 has no gradient; compute one, or freeze the parameter")
     mine.param_groups[0]["param_names"] = ["a", "b", "c.weight", "d"]
     assert "parameter 'c.weight' of group 0 has no gradient" in refusal(mine)
     support.assert_bits(support.all_state(mine), before)

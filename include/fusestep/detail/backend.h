@@ -63,6 +63,8 @@ class Backend {
 
   /// prepare, then apply for every bucket.
   virtual void run(const StepRequest& request, void* stream) = 0;
+  /// Control::grad_norm of the last run, to memory of this device; no waiting here.
+  virtual void copy_grad_norm(double* to, void* stream) = 0;
 
   /// These wait for the device.
   virtual StepState read_state(int index) = 0;
