@@ -44,7 +44,17 @@ def _simulate(path):
             if _is_synchronised:
                 synchronize()
 
+    copy_grad_norm = core.TorchStepper.copy_grad_norm
+
+    def synchronised_copy(self, to):
+        try:
+            return copy_grad_norm(self, beside(self.written[0], to) if self.written else to)
+        finally:
+            if _is_synchronised:
+                synchronize()
+
     core.TorchStepper.step = synchronised_step
+    core.TorchStepper.copy_grad_norm = synchronised_copy
     return _load("_cuda_sim", path)
 
 

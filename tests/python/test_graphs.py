@@ -44,6 +44,7 @@ def replay(graph, mine, reference, seed):
 GUARDED = {"max_grad_norm": 20.0, "clip_value": 0.5, "skip_nonfinite": True}
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # replays are no calls of step
 @pytest.mark.parametrize("scale", [None, 4.0])
 @pytest.mark.parametrize("guards", [{}, GUARDED], ids=["plain", "guarded"])
 def test_a_hundred_replays_are_a_hundred_steps(name, guards, scale):
@@ -271,6 +272,25 @@ def test_other_parameters_than_last_time_are_refused(name):
     assert "which parameters step on cuda" in refusal(mine)
     mine.step()
     device.capture(mine.step).replay()
+
+
+def test_tensors_that_came_since_the_last_step_are_refused():
+    """Where there is no state to be missed."""
+    mine, reference = on_home("SGD", momentum=0, dampening=0), on_cpu("SGD", momentum=0, dampening=0)
+    for optimizer in (mine, reference):
+        train(optimizer, 1)
+        late = torch.nn.Parameter(torch.ones(5, device=params_of(optimizer)[0].device))
+        device.beside(params_of(optimizer)[0], late)
+        optimizer.add_param_group({"params": [late]})
+        support.set_grads(params_of(optimizer), seed=1)
+    assert refusal(mine) == REFUSED + (
+        "its parameters, or their dtypes or rules, are not those of the last step; "
+        "make one step outside of the capture first"
+    )
+    for optimizer in (mine, reference):
+        optimizer.step()
+    replay(device.capture(mine.step), mine, reference, seed=2)
+    assert_same(mine, reference)
 
 
 def test_what_torch_steps_is_refused(name):
