@@ -267,6 +267,7 @@ PYBIND11_MODULE(_core, m) {
       .def("step", &TorchStepper::step, py::arg("found_inf"), py::arg("loss_scale"),
            py::arg("store_unscaled_grads"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
            py::arg("clip_value"), py::arg("skip_nonfinite"))
+      .def("sync_hyper", &TorchStepper::sync_hyper, py::arg("groups"))
       .def("copy_grad_norm", &TorchStepper::copy_grad_norm, py::arg("to"))
       .def("skipped_steps", &TorchStepper::skipped_steps)
       .def_property_readonly("written", &TorchStepper::written)

@@ -35,20 +35,27 @@ def _load(name, path):
 def _simulate(path):
     """Simulated work is done where a program would see it: after each step, before torch reads its tensors."""
     core = _load("fusestep._core", path)
-    for name in ("step", "copy_grad_norm"):
-        setattr(core.TorchStepper, name, _synchronised(getattr(core.TorchStepper, name)))
-    return _load("_cuda_sim", path)
+    step = core.TorchStepper.step
 
-
-def _synchronised(method):
-    def synchronised(*arguments):
+    def synchronised_step(self, *arguments):
         try:
-            return method(*arguments)
+            step(self, *arguments)
         finally:
             if _is_synchronised:
                 synchronize()
 
-    return synchronised
+    copy_grad_norm = core.TorchStepper.copy_grad_norm
+
+    def synchronised_copy(self, to):
+        try:
+            return copy_grad_norm(self, beside(self.written[0], to) if self.written else to)
+        finally:
+            if _is_synchronised:
+                synchronize()
+
+    core.TorchStepper.step = synchronised_step
+    core.TorchStepper.copy_grad_norm = synchronised_copy
+    return _load("_cuda_sim", path)
 
 
 if KIND == "cuda":
@@ -164,3 +171,40 @@ def later(function, index=None):
     with torch.cuda.device(index):
         torch.cuda._sleep(50_000_000)
         function()
+
+
+# ---- graphs ------------------------------------------------------------------------------------
+
+
+class _SimulatedGraph:
+    def __init__(self, handle, index):
+        self._handle, self._index = handle, index
+
+    def replay(self):
+        sim.launch(self._index, self._handle)
+        if _is_synchronised:
+            synchronize()
+
+
+def capture(function, index=None):
+    """A graph of what the function enqueues; `replay` runs it on the current stream.
+
+    A simulated device captures what is ours alone: torch's operations run at once.
+    """
+    index = home() if index is None else index
+    if not SIMULATED:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(index), torch.cuda.graph(graph):
+            function()
+        return graph
+    import fusestep.optim
+
+    capturing, fusestep.optim._capturing = fusestep.optim._capturing, lambda: True
+    with unsynchronised():
+        sim.begin_capture(index)
+        try:
+            function()
+        finally:
+            fusestep.optim._capturing = capturing
+            handle = sim.end_capture(index)
+    return _SimulatedGraph(handle, index)
