@@ -184,6 +184,14 @@ void bind_array_optimizer(py::module_& m) {
             self.refresh_master_weights(streams);
           },
           py::arg("streams"))
+      .def(
+          "sync_hyper",
+          [](Optimizer& self, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const py::gil_scoped_release release;
+            self.sync_hyper(streams);
+          },
+          py::arg("streams"))
       .def("last_grad_norm", [](Optimizer& self) { return self.last_grad_norm().norm; })
       .def("skipped_steps", &Optimizer::skipped_steps)
       .def("memory_report", &Optimizer::memory_report)

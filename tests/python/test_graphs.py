@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps in CUDA graphs. Also on simulated devices, which capture what is ours and not what is torch's."""
 
+import pathlib
+import re
+
+import numpy
 import pytest
 import torch
 
@@ -344,6 +348,38 @@ def test_torchs_check_is_asked(name, monkeypatch):
     assert asked == ([mine, plain] if name in CAPTURABLE else [])
 
 
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+def test_cupy_arrays_in_graphs(cupy, name):
+    random = numpy.random.default_rng(1)
+    start, *grads = (random.standard_normal((37, 3)).astype(numpy.float32) for _ in range(7))
+    expected = start.copy()
+    reference = fusestep.Optimizer(name, {"w": expected}, **support.FULLEST[name])
+    w, grad = cupy.asarray(start), cupy.asarray(grads[0])
+    cupy.cuda.get_current_stream().synchronize()
+    mine = fusestep.Optimizer(name, {"w": w}, **support.FULLEST[name])
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        with pytest.raises(fusestep.InvalidArgument, match="parameter 'w' has no gradient"):
+            mine.step({})
+        stream.end_capture()
+        mine.step({"w": grad})
+        reference.step({"w": grads[0]})
+        stream.begin_capture()
+        mine.step({"w": grad})
+        graph = stream.end_capture()
+        for index, values in enumerate(grads[1:]):
+            for optimizer in (mine, reference):
+                optimizer.set_hyper(lr=0.1 / (index + 1))
+            reference.step({"w": values})
+            mine.sync_hyper()
+            grad.set(values)
+            graph.launch()
+            assert numpy.array_equal(w.get(), expected)
+        assert mine.step_count("w") == len(grads)
+
+
 # ---- as torch's documentation has it -----------------------------------------------------------
 
 
@@ -389,3 +425,10 @@ def test_whole_network_capture(name, scaled):
         optimizers[0].sync_hyper()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.only_on("cuda", reason="a simulated device does not capture torch's operations")
+def test_documentation_runs():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "cuda.md"
+    (program,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(program, str(page), "exec"), {})
