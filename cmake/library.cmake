@@ -6,6 +6,7 @@ add_library(fusestep
   csrc/borrowed.cpp
   csrc/checkpoint/description.cpp
   csrc/checkpoint/dict.cpp
+  csrc/checkpoint/ranks.cpp
   csrc/checkpoint/engine_state.cpp
   csrc/checkpoint/match.cpp
   csrc/checkpoint/report.cpp

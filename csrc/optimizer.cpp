@@ -143,8 +143,10 @@ LoadReport Optimizer::load(const StateDict& state, const LoadOptions& options) {
 void Optimizer::save(const std::filesystem::path& file, const SaveOptions& options) {
   wait_for_save();
   detail::with_host_memory([&] {
+    const std::filesystem::path written =
+        options.rank ? detail::file_to_save(file, *options.rank) : file;
     detail::EngineSource source(*engine_, options.values, options.streams);
-    detail::write_file(source, options.metadata, file);
+    detail::write_file(source, options.metadata, written);
   });
 }
 void Optimizer::save_async(const std::filesystem::path& file, const SaveOptions& options) {
@@ -153,8 +155,10 @@ void Optimizer::save_async(const std::filesystem::path& file, const SaveOptions&
   detail::with_host_memory([&] {
     detail::EngineSource source(*engine_, options.values, options.streams);
     auto snapshot = std::make_shared<detail::Snapshot>(source);
-    const auto write = [snapshot, metadata = options.metadata, file] {
-      detail::with_host_memory([&] { detail::write_file(*snapshot, metadata, file); });
+    const std::filesystem::path written =
+        options.rank ? detail::file_to_save(file, *options.rank) : file;
+    const auto write = [snapshot, metadata = options.metadata, written] {
+      detail::with_host_memory([&] { detail::write_file(*snapshot, metadata, written); });
     };
     try {
       engine_->set_saving(std::async(std::launch::async, write));

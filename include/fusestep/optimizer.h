@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,6 +18,7 @@
 #include "fusestep/error.h"
 #include "fusestep/export.h"
 #include "fusestep/hyper.h"
+#include "fusestep/shard.h"
 #include "fusestep/state_dict.h"
 #include "fusestep/tensor_view.h"
 
@@ -27,6 +29,9 @@ struct Parameter {
   std::string name;  ///< unique in the optimizer
   TensorView value;
   TensorView grad = {};  ///< absent: skipped by every step until set_grad()
+  /// Set: value and gradient are a part of a tensor that other processes have the rest of. State is
+  /// saved and found as that of the whole tensor.
+  std::optional<Shard> shard = {};
 };
 
 /// The dtype of slots. Those of float64 parameters are float64 with either of the first two.
@@ -251,7 +256,7 @@ class FUSESTEP_API Optimizer {
   LoadReport load(const StateDict& state, const LoadOptions& options = {});
 
   /// Writes a safetensors file: aside, then on disk, then in the place of `file`. Throws FileError;
-  /// an older file then stays whole.
+  /// an older file then stays whole. With SaveOptions::rank it writes the file of that rank.
   void save(const std::filesystem::path& file, const SaveOptions& options = {});
   /// Copies the state to memory and writes it in the background. What goes wrong there is thrown by
   /// the next save, save_async, load or wait_for_save, which wait for it and then do nothing else.
