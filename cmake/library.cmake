@@ -11,6 +11,7 @@ add_library(fusestep
   csrc/checkpoint/match.cpp
   csrc/checkpoint/report.cpp
   csrc/checkpoint/state_file.cpp
+  csrc/capture.cpp
   csrc/engine.cpp
   csrc/groups.cpp
   csrc/hyper.cpp

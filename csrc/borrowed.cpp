@@ -33,6 +33,48 @@ void BorrowedOptimizer::step(std::span<const BorrowedGroup> groups,
   ++steps_;
 }
 
+bool BorrowedOptimizer::can_store_grads(std::span<const BorrowedGroup> groups,
+                                        std::span<const BorrowedTensor> tensors) {
+  const bool have_layouts =
+      std::all_of(tensors.begin(), tensors.end(), [&](const BorrowedTensor& tensor) {
+        if (!tensor.steps) return true;
+        LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
+        if (key.extra != Extra::kNone) return false;
+        key.extra = Extra::kStoreGrad;
+        return find_layout(key).has_value();
+      });
+  return have_layouts && !grads_overlap(tensors);
+}
+
+/// Sorted again only where an address has changed.
+bool BorrowedOptimizer::grads_overlap(std::span<const BorrowedTensor> tensors) {
+  const auto bytes = [](const BorrowedTensor& tensor) {
+    return static_cast<std::int64_t>(size_of(tensor.grad_dtype)) * tensor.size;
+  };
+  bool changed = false;
+  std::size_t count = 0;
+  for (const BorrowedTensor& tensor : tensors) {
+    if (!tensor.steps || tensor.size == 0) continue;
+    const Memory memory{tensor.grad, bytes(tensor)};
+    if (count == grads_.size()) grads_.emplace_back();
+    changed = changed || !(grads_[count] == memory);
+    grads_[count++] = memory;
+  }
+  changed = changed || count != grads_.size();
+  grads_.resize(count);
+  if (!changed) return grads_overlap_;
+
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> ranges;
+  for (const Memory& memory : grads_) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory.value);
+    ranges.emplace_back(begin, begin + static_cast<std::uintptr_t>(memory.size));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  const auto overlap = [](const auto& a, const auto& b) { return b.first < a.second; };
+  grads_overlap_ = std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
+  return grads_overlap_;
+}
+
 /// Whose values share memory with those of an earlier tensor: a parameter listed twice, tied
 /// weights.
 void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
@@ -126,9 +168,18 @@ void BorrowedPass::rebuild(std::span<const BorrowedGroup> groups,
                            std::span<const BorrowedTensor> tensors) {
   auto engine = std::make_unique<Engine>(OptimizerOptions{});
   engine->borrow(groups, tensors);
+  if (engine_ != nullptr) skipped_before_ += engine_->skipped_steps();
   groups_.assign(groups.begin(), groups.end());
   tensors_.assign(tensors.begin(), tensors.end());
   engine_ = std::move(engine);
+}
+
+bool BorrowedPass::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+  return engine_ != nullptr && engine_->copy_grad_norm(to, streams);
+}
+
+std::int64_t BorrowedPass::skipped_steps() {
+  return skipped_before_ + (engine_ == nullptr ? 0 : engine_->skipped_steps());
 }
 
 void Engine::borrow(std::span<const BorrowedGroup> groups,
@@ -156,6 +207,7 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     }
     record.device = device_index(tensor.device, where(record));
     record.state = devices_[static_cast<std::size_t>(record.device)]->states++;
+    record.may_lack_grad = true;
     group.parameters.push_back(index);
     parameters_.push_back(std::move(record));
     rebind(index, tensor);
@@ -167,6 +219,7 @@ void Engine::reset(int index, const BorrowedGroup& settings) {
   GroupRecord& group = groups_[static_cast<std::size_t>(index)];
   group.hyper = settings.hyper;
   group.lr_source = settings.lr_source;
+  group.settings_changed = true;
   for (const auto& device : devices_) device->hypers_changed = true;
 }
 

@@ -49,6 +49,10 @@ class BorrowedPass {
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
 
+  bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
+  /// Waits for the devices.
+  std::int64_t skipped_steps();
+
  private:
   bool same_tensors(std::span<const BorrowedGroup> groups,
                     std::span<const BorrowedTensor> tensors) const;
@@ -57,6 +61,7 @@ class BorrowedPass {
   std::unique_ptr<Engine> engine_;
   std::vector<BorrowedGroup> groups_;
   std::vector<BorrowedTensor> tensors_;
+  std::int64_t skipped_before_ = 0;  // by engines that were replaced
 };
 
 class BorrowedOptimizer {
@@ -65,6 +70,21 @@ class BorrowedOptimizer {
   /// without. Tensors that share memory step one after the other, in their order.
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// Whether tensors share memory: each pass then has a norm of its own, and options that need one
+  /// are not for them.
+  bool takes_turns(std::span<const BorrowedTensor> tensors) {
+    find_turns(tensors);
+    return !turns_.empty();
+  }
+  /// Whether every gradient can be stored as StepOptions::store_unscaled_grads asks for: there is
+  /// such a layout, and no two gradients share memory.
+  bool can_store_grads(std::span<const BorrowedGroup> groups,
+                       std::span<const BorrowedTensor> tensors);
+  /// The norm of the last step, which took no turns.
+  bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+    return passes_[0].copy_grad_norm(to, streams);
+  }
+  std::int64_t skipped_steps() { return passes_[0].skipped_steps(); }
   /// Steps taken since it was made: a test's proof that it was this that stepped.
   std::int64_t steps() const { return steps_; }
   /// Whether the tensor at this place had this value at the last step.
@@ -79,10 +99,13 @@ class BorrowedOptimizer {
     friend bool operator==(const Memory&, const Memory&) = default;
   };
   void find_turns(std::span<const BorrowedTensor> tensors);
+  bool grads_overlap(std::span<const BorrowedTensor> tensors);
 
   std::vector<BorrowedPass> passes_ = std::vector<BorrowedPass>(1);
   std::vector<Memory> memory_;  // of every tensor of the last step
   std::vector<int> turns_;      // the pass of every tensor; empty: one for all
+  std::vector<Memory> grads_;   // of the last question
+  bool grads_overlap_ = false;  // its answer
   std::int64_t steps_ = 0;
 };
 

@@ -34,17 +34,31 @@ bool needs_norm(const StepOptions& options) {
   return options.max_grad_norm < HUGE_VAL || options.skip_nonfinite || options.measure_grad_norm;
 }
 
+/// The flag has this value until the end of a step.
+class Capturing {
+ public:
+  Capturing(bool& flag, bool value) : flag_(flag) { flag_ = value; }
+  ~Capturing() { flag_ = false; }
+  Capturing(const Capturing&) = delete;
+  Capturing& operator=(const Capturing&) = delete;
+
+ private:
+  bool& flag_;
+};
+
 }  // namespace
 
 void Engine::step(const StepOptions& options) {
   refuse_if_broken();
   check(options);
+  const Capturing capturing(capturing_, is_captured(options.streams));
+  const bool with_norm = needs_norm(options);
+  if (capturing_) refuse_what_a_graph_cannot_do(options, with_norm);
   if (options.skip) {
     ++skipped_by_caller_;
     return;
   }
   choose_kernels(options);
-  const bool with_norm = needs_norm(options);
   refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
   const DefaultFpEnvironment environment;
   on_device([&] {
@@ -82,6 +96,7 @@ void Engine::list_working_devices() {
 GradNorm Engine::grad_norm(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
+  refuse_in_capture("grad_norm()", streams);
   refresh(streams, static_cast<int>(devices_.size()));
   const DefaultFpEnvironment environment;
   NormSum total;
@@ -103,6 +118,17 @@ GradNorm Engine::last_grad_norm() {
   Control control{};
   on_device([&] { control = decided_last_->backend->read_control(); });
   return {control.grad_norm, control.nonfinite};
+}
+
+bool Engine::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
+  if (decided_last_ == nullptr) return false;
+  const auto found = std::find_if(working_.begin(), working_.end(),
+                                  [&](const auto* device) { return device->device == to.device; });
+  if (found == working_.end()) return false;
+  on_device([&] {
+    (*found)->backend->copy_grad_norm(static_cast<double*>(to.data), stream_of(streams, to.device));
+  });
+  return true;
 }
 
 std::int64_t Engine::skipped_steps() {
@@ -195,9 +221,11 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
         }
       }
       for (std::size_t i = 0; i < devices_.size(); ++i) {
+        if (capturing_ && devices_[i]->changed_grads.empty()) continue;
         stage(static_cast<int>(i), stream_of(streams, devices_[i]->device), norm_parts);
       }
     });
+    forget_changed_settings();
   } catch (...) {
     for (std::size_t i = 0; i < growths.size(); ++i) {
       if (growths[i].slots.empty()) continue;
@@ -268,16 +296,13 @@ void Engine::stage(int index, void* stream, int norm_parts) {
     device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
-    tables.changed_rows = refresh_rows(device.plan, device.changed_grads, *device.backend, groups_,
-                                       parameters_, device.stores_grads);
+    tables.changed_rows =
+        refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
   if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);
 
-  std::vector<HyperRow> hypers;
-  if (device.hypers_changed) {
-    for (const GroupRecord& group : groups_) hypers.push_back(hyper_row(group));
-  }
+  const std::vector<HyperRow> hypers = changed_hypers(device);
   tables.plan = &device.plan;
   tables.members_changed = device.members_changed;
   tables.norm_blocks_changed = with_norm_blocks;
@@ -293,10 +318,52 @@ void Engine::stage(int index, void* stream, int norm_parts) {
   device.given_states.clear();
   device.members_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
+  device.staged_norm_parts = std::max(device.staged_norm_parts, norm_parts);
   for (const int changed : device.changed_grads) {
     parameters_[static_cast<std::size_t>(changed)].grad_moved = false;
   }
   device.changed_grads.clear();
+}
+
+std::vector<HyperRow> Engine::changed_hypers(const DeviceRecord& device) const {
+  std::vector<HyperRow> rows;
+  if (!device.hypers_changed) return rows;
+  for (const GroupRecord& group : groups_) rows.push_back(hyper_row(group));
+  return rows;
+}
+
+void Engine::forget_changed_settings() {
+  for (const auto& device : devices_) {
+    if (device->hypers_changed) return;
+  }
+  for (GroupRecord& group : groups_) group.settings_changed = false;
+}
+
+/// What graphs read when they run: settings and step counts. Devices on which nothing has stepped
+/// get all they need with their first step.
+void Engine::sync_hyper(std::span<const Stream> streams) {
+  refuse_if_broken();
+  check({.streams = streams});
+  refuse_in_capture("sync_hyper()", streams);
+  on_device([&] {
+    for (const auto& device : devices_) {
+      const std::vector<HyperRow> hypers = changed_hypers(*device);
+      if (device->staged_states == 0 || (hypers.empty() && device->given_states.empty())) continue;
+      void* const stream = stream_of(streams, device->device);
+      Backend::Tables tables{};
+      tables.plan = &device->plan;
+      tables.hypers = hypers;
+      tables.states = device->staged_states;
+      device->backend->stage(tables, stream);
+      device->hypers_changed = false;
+      const auto known = device->given_states.lower_bound(device->staged_states);
+      for (auto given = device->given_states.begin(); given != known; ++given) {
+        device->backend->write_state(given->first, given->second, stream);
+      }
+      device->given_states.erase(device->given_states.begin(), known);
+    }
+  });
+  forget_changed_settings();
 }
 
 /// Every device gets the sums of all devices.

@@ -36,6 +36,7 @@ struct DeviceRecord {
 
   bool members_changed = false;  // who steps, with which rule, or where values and slots are
   bool norm_blocks_staged = false;
+  int staged_norm_parts = 0;
   bool hypers_changed = false;
   bool stores_grads = false;        // the plan's kernels do
   std::vector<int> changed_grads;   // parameters of the plan whose gradient is at another address
@@ -97,8 +98,12 @@ class Engine {
 
   // engine.cpp: the step
   void step(const StepOptions& options);
+  void sync_hyper(std::span<const Stream> streams);
   GradNorm grad_norm(std::span<const Stream> streams);
   GradNorm last_grad_norm();
+  /// The norm of the last step to a float64 scalar on a device that took part in it, without
+  /// waiting; false if it is on another one.
+  bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   std::int64_t skipped_steps();
   bool can_store_grads() const;
   void refresh_master_weights(std::span<const Stream> streams);
@@ -124,10 +129,23 @@ class Engine {
   StateStore::Growth grow_state(DeviceRecord& device, void* stream);
   void fill_master(const ParameterRecord& parameter, const Slot& master, void* stream);
   void stage(int device, void* stream, int norm_parts);
+  std::vector<HyperRow> changed_hypers(const DeviceRecord& device) const;
+  void forget_changed_settings();
+  void write_state(DeviceRecord& device, int index, StepState state);
   void sum_squares(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 
-  /// Remembers a DeviceError, after which refuse_if_broken() throws for ever.
+  // capture.cpp: a step that runs later, in a CUDA graph
+  bool is_captured(std::span<const Stream> streams);
+  void refuse_in_capture(const char* call, std::span<const Stream> streams);
+  const ParameterRecord* stepping_on(const DeviceRecord& device) const;
+  void refuse_what_a_graph_cannot_do(const StepOptions& options, bool with_norm) const;
+  void refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
+                              bool with_norm) const;
+  [[noreturn]] static void refuse_capture(const std::string& why, const std::string& what_to_do);
+
+  /// Remembers a DeviceError, after which refuse_if_broken() throws for ever; but not of a capture,
+  /// in which nothing runs.
   template <class F>
   void on_device(F&& work);
 
@@ -155,6 +173,7 @@ class Engine {
   std::unordered_map<std::string, int> group_names_, parameter_names_;
   std::string broken_;  // what a device reported; empty while all is well
   bool memory_is_checked_ = true;
+  bool capturing_ = false;                // the step at hand
   std::vector<DeviceRecord*> working_;    // of the step at hand: devices with work, in norm order
   std::vector<StepRequest> requests_;     // to them
   DeviceRecord* decided_last_ = nullptr;  // it knows what the last step decided
@@ -166,7 +185,7 @@ void Engine::on_device(F&& work) {
   try {
     work();
   } catch (const DeviceError& error) {
-    broken_ = error.what();
+    if (!capturing_) broken_ = error.what();
     throw;
   } catch (const std::bad_alloc&) {
     throw OutOfMemory("no memory on the host for the tables of a step");

@@ -118,6 +118,7 @@ void Engine::set_hyper(int index, const Hyper& hyper) {
   validate(hyper, text);
   const bool other_variant = find_rule(hyper) != find_rule(group.hyper);
   group.hyper = hyper;
+  group.settings_changed = true;
   for (const auto& device : devices_) {
     device->hypers_changed = true;
     device->members_changed = device->members_changed || other_variant;
@@ -144,6 +145,7 @@ void Engine::set_lr_source(int index, const TensorView& source) {
     }
   }
   group.lr_source = source;
+  group.settings_changed = true;
   for (const auto& device : devices_) device->hypers_changed = true;
 }
 

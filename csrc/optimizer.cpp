@@ -102,6 +102,7 @@ void Optimizer::freeze(std::string_view name) { engine_->set_frozen(name, true);
 void Optimizer::thaw(std::string_view name) { engine_->set_frozen(name, false); }
 
 void Optimizer::step(const StepOptions& options) { engine_->step(options); }
+void Optimizer::sync_hyper(std::span<const Stream> streams) { engine_->sync_hyper(streams); }
 GradNorm Optimizer::grad_norm(std::span<const Stream> streams) {
   return engine_->grad_norm(streams);
 }

@@ -41,7 +41,7 @@ void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& pa
 }
 
 TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
-                     const Backend& backend, bool stores_grads) {
+                     const Backend& backend) {
   TensorRow row{};
   row.value = parameter.value.data;
   row.grad = parameter.grad.data;
@@ -50,10 +50,8 @@ TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
   const SlotNames names = rule_info(find_rule(group.hyper)).slots;
   for (std::size_t i = 0; i < names.size(); ++i) row.slot[i] = parameter.slot(names[i]).data;
   if (const Slot* master = parameter.find_slot(kMasterWeight)) row.master = master->data;
-  // add_group(), borrow() and the step have refused what is not in the table.
-  const int layout = layout_of(group, parameter, stores_grads).value();
-  row.head = vector_head(row, key_at(layout), static_cast<int>(names.size()),
-                         backend.vector_width(layout));
+  row.head = vector_head(row, key_at(parameter.layout), static_cast<int>(names.size()),
+                         backend.vector_width(parameter.layout));
   return row;
 }
 
@@ -87,8 +85,9 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
   }
   for_each_stepping(device, groups, parameters, [&](int index, ParameterRecord& parameter) {
     const GroupRecord& group = groups[static_cast<std::size_t>(index)];
-    const int layout = layout_of(group, parameter, stores_grads).value();
-    const int bucket = find_rule(group.hyper) * kLayouts + layout;
+    // add_group(), borrow() and the step have refused what is not in the table.
+    parameter.layout = layout_of(group, parameter, stores_grads).value();
+    const int bucket = find_rule(group.hyper) * kLayouts + parameter.layout;
     members[static_cast<std::size_t>(bucket)].push_back({index, &parameter});
   });
 
@@ -103,7 +102,7 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     for (const auto& [group, parameter] : members[static_cast<std::size_t>(key)]) {
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
       plan.tensors.push_back(
-          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend, stores_grads));
+          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
       plan.prepare.push_back({parameter->step_tensor, parameter->state, group,
                               static_cast<std::int16_t>(rule), static_cast<std::int8_t>(wide),
                               static_cast<std::int8_t>(parameter->step_is_double),
@@ -122,13 +121,12 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
 
 Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
                                std::span<const GroupRecord> groups,
-                               const std::vector<ParameterRecord>& parameters, bool stores_grads) {
+                               const std::vector<ParameterRecord>& parameters) {
   Backend::RowRange rows;
   for (const int index : changed) {
     const ParameterRecord& parameter = parameters[static_cast<std::size_t>(index)];
     const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
-    plan.tensors[static_cast<std::size_t>(parameter.row)] =
-        tensor_row(parameter, group, backend, stores_grads);
+    plan.tensors[static_cast<std::size_t>(parameter.row)] = tensor_row(parameter, group, backend);
     rows.begin = rows.end == 0 ? parameter.row : std::min(rows.begin, parameter.row);
     rows.end = std::max(rows.end, parameter.row + 1);
   }

@@ -18,8 +18,8 @@ namespace fusestep::detail {
 std::optional<int> layout_of(const GroupRecord& group, const ParameterRecord& parameter,
                              bool stores_grads);
 
-/// The plan of the parameters of one device that step now; sets their `row`. Every slot they need
-/// exists. Tensors of a bucket stand in the order groups and parameters were added.
+/// The plan of the parameters of one device that step now; sets their `row` and `layout`. Every
+/// slot they need exists. Tensors of a bucket stand in the order groups and parameters were added.
 Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
                 std::vector<ParameterRecord>& parameters, bool stores_grads);
 
@@ -27,9 +27,9 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
 std::vector<Chunk> build_norm_blocks(int device, std::span<const GroupRecord> groups,
                                      const std::vector<ParameterRecord>& parameters);
 
-/// Rewrites the rows of these parameters, which are in the plan already.
+/// Rewrites the rows of these parameters, which are in the plan already with the same dtypes.
 Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const Backend& backend,
                                std::span<const GroupRecord> groups,
-                               const std::vector<ParameterRecord>& parameters, bool stores_grads);
+                               const std::vector<ParameterRecord>& parameters);
 
 }  // namespace fusestep::detail

@@ -42,8 +42,10 @@ struct ParameterRecord {
   bool step_is_double = false;
   std::uint64_t noise_seed = 0;  // of stochastic rounding
   bool frozen = false;
-  bool grad_moved = false;  // since the plan was staged: it is in DeviceRecord::changed_grads
-  int row = -1;             // in the device's plan; -1 if it does not step
+  bool may_lack_grad = false;  // in a captured step; its framework has been asked
+  bool grad_moved = false;     // since the plan was staged: it is in DeviceRecord::changed_grads
+  int row = -1;                // in the device's plan; -1 if it does not step
+  int layout = -1;             // there: position in Layouts
 
   std::size_t grad_bytes() const { return static_cast<std::size_t>(size) * size_of(grad.dtype); }
   bool steps() const { return !frozen && grad.present; }
@@ -69,6 +71,7 @@ struct GroupRecord {
   std::vector<int> parameters;
   std::optional<double> initial_lr = {};  // what a schedule multiplies
   std::string kept = {};                  // JSON: what a loaded file said of it and we do not know
+  bool settings_changed = true;           // since they were brought to the devices
 };
 
 /// What a group's options make of the slots of a parameter of this dtype.

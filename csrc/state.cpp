@@ -27,7 +27,26 @@ void Engine::write_step(int index, std::int64_t step) {
   }
   StepState state = read_state(index);
   state.step = step;
-  device_of(parameter).given_states[parameter.state] = state;
+  DeviceRecord& device = device_of(parameter);
+  if (device.backend->in_graphs() && parameter.state < device.staged_states) {
+    write_state(device, parameter.state, state);
+    device.given_states.erase(parameter.state);
+  } else {
+    device.given_states[parameter.state] = state;
+  }
+}
+
+/// Graphs read step counts where they lie: these cannot wait for the next step as others do. And a
+/// graph may run on any stream: when this returns the count is there.
+void Engine::write_state(DeviceRecord& device, int index, StepState state) {
+  on_device([&] {
+    try {
+      device.backend->write_state(index, state, nullptr);
+      static_cast<void>(device.backend->read_control());
+    } catch (const OutOfMemory& error) {
+      throw DeviceError(error.what());  // nobody knows whether it is there
+    }
+  });
 }
 
 TensorView Engine::slot(int index, std::string_view name) const {

@@ -44,12 +44,61 @@ class PoolAllocator final : public Allocator {
   }
 };
 
+/// A stream that nothing else is on.
+class PrivateStream {
+ public:
+  explicit PrivateStream(int device) {
+    const DeviceGuard guard(device);
+    cuda_check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking), device,
+               "creating a stream");
+  }
+  ~PrivateStream() { static_cast<void>(cudaStreamDestroy(handle_)); }
+  PrivateStream(const PrivateStream&) = delete;
+  PrivateStream& operator=(const PrivateStream&) = delete;
+  cudaStream_t get() const { return handle_; }
+
+ private:
+  cudaStream_t handle_ = nullptr;
+};
+
+/// The tables of one plan. Once a graph has them they stay as they are.
+struct PlanTables {
+  explicit PlanTables(int device)
+      : tensors(device),
+        prepare(device),
+        chunks(device),
+        scalars(device),
+        norm_blocks(device),
+        norm_sums{DeviceTable<NormSum>{device}, DeviceTable<NormSum>{device}},
+        norm_parts(device) {}
+
+  void release(cudaStream_t stream) noexcept {
+    tensors.release(stream);
+    prepare.release(stream);
+    chunks.release(stream);
+    scalars.release(stream);
+    norm_blocks.release(stream);
+    for (auto& sums : norm_sums) sums.release(stream);
+    norm_parts.release(stream);
+  }
+
+  DeviceTable<TensorRow> tensors;
+  DeviceTable<PrepareRow> prepare;
+  DeviceTable<Chunk> chunks;
+  DeviceTable<ScalarRow> scalars;
+  DeviceTable<Chunk> norm_blocks;
+  DeviceTable<NormSum> norm_sums[2];
+  DeviceTable<NormSum> norm_parts;
+  bool in_graph = false;
+};
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(int device, std::shared_ptr<Allocator> allocator)
       : device_(device), allocator_(std::move(allocator)) {
     if (allocator_ == nullptr) allocator_ = std::make_shared<PoolAllocator>();
     const DeviceGuard guard(device_);
+    const BesideCaptures beside;
     int has_pools = 0;
     cuda_check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, device_),
                device_, "asking for memory pools");
@@ -58,8 +107,11 @@ class CudaBackend final : public Backend {
                         ": the device or its driver has no memory pools (cudaMallocAsync)");
     }
     cuda_check(load_kernel<Prepare>(), device_, "loading kernels");
-    cuda_check(cudaEventCreateWithFlags(&last_work_, cudaEventDisableTiming), device_,
-               "creating an event");
+    for (cudaEvent_t* event : {&last_work_, &last_captured_}) {
+      const cudaError_t code = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+      if (code != cudaSuccess) release();
+      cuda_check(code, device_, "creating an event");
+    }
   }
 
   /// Waits for what was enqueued. Errors are ignored: the driver may be gone at the end of a
@@ -69,9 +121,11 @@ class CudaBackend final : public Backend {
       static_cast<void>(ring_.release());
       return;
     }
+    const BesideCaptures beside;
     static_cast<void>(cudaEventSynchronize(last_work_));
     try {
       const DeviceGuard guard(device_);
+      if (in_graphs_) static_cast<void>(cudaDeviceSynchronize());
       release();
     } catch (const Error&) {
       release();
@@ -80,6 +134,13 @@ class CudaBackend final : public Backend {
 
   int chunk_size(int layout) const override { return apply_kernels().of[0][layout].chunk; }
   int vector_width(int layout) const override { return apply_kernels().of[0][layout].width; }
+
+  unsigned long long capture_of(void* stream) override {
+    check_process();
+    const DeviceGuard guard(device_);
+    return capture_id(static_cast<cudaStream_t>(stream));
+  }
+  bool in_graphs() const override { return in_graphs_; }
 
   void* allocate(std::size_t bytes, void* stream) override {
     Work work(*this, stream);
@@ -105,6 +166,7 @@ class CudaBackend final : public Backend {
       allocator_->deallocate(data, bytes, {Device::cuda(device_), stream});
     };
     try {
+      wait_for_graphs();
       Work work(*this, stream);
       give_back();
       work.finish();
@@ -117,65 +179,32 @@ class CudaBackend final : public Backend {
   }
 
   void stage(const Tables& tables, void* stream) override {
-    const auto states = static_cast<std::size_t>(tables.states);
-    const auto norm_parts = static_cast<std::size_t>(tables.norm_parts);
-    const bool nothing_changed = !tables.members_changed && !tables.norm_blocks_changed &&
-                                 tables.changed_rows.end == 0 && tables.hypers.empty() &&
-                                 states <= states_.capacity() &&
-                                 norm_parts <= norm_parts_.capacity();
+    const bool settings_changed = !tables.hypers.empty() ||
+                                  static_cast<std::size_t>(tables.states) > states_.capacity() ||
+                                  shared_has_moved();
     plan_ = tables.plan;
-    if (nothing_changed) return;
-
-    Work work(*this, stream);
-    const Plan& plan = *tables.plan;
-    if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
-    control_.reserve(1, work.stream());
-    tensors_.reserve(plan.tensors.size(), work.stream());
-    prepare_.reserve(plan.prepare.size(), work.stream());
-    scalars_.reserve(plan.tensors.size(), work.stream());
-    chunks_.reserve(plan.chunks.size(), work.stream());
-    hypers_.reserve(tables.hypers.size(), work.stream());
-    states_.reserve(states, work.stream());
-    norm_parts_.reserve(norm_parts, work.stream());
-    if (tables.norm_blocks_changed) {
-      norm_blocks_.reserve(plan.norm_blocks.size(), work.stream());
-      norm_sums_[0].reserve(plan.norm_blocks.size(), work.stream());
-      norm_sums_[1].reserve(blocks_for(std::ssize(plan.norm_blocks), kNormBlock), work.stream());
-      cuda_check(load_kernel<SumGradients>(), device_, "loading kernels");
-      cuda_check(load_kernel<SumSums>(), device_, "loading kernels");
-    }
-    if (tables.members_changed) {
-      for (const Bucket& bucket : plan.buckets) {
-        cuda_check(apply_kernels().of[bucket.rule][bucket.layout].load(), device_,
-                   "loading kernels");
-      }
-      tensors_.upload(*ring_, plan.tensors, 0, work.stream());
-      prepare_.upload(*ring_, plan.prepare, 0, work.stream());
-      chunks_.upload(*ring_, plan.chunks, 0, work.stream());
-    } else {
-      const auto begin = static_cast<std::size_t>(tables.changed_rows.begin);
-      const auto end = static_cast<std::size_t>(tables.changed_rows.end);
-      tensors_.upload(*ring_, std::span(plan.tensors).subspan(begin, end - begin), begin,
-                      work.stream());
-    }
-    if (tables.norm_blocks_changed) norm_blocks_.upload(*ring_, plan.norm_blocks, 0, work.stream());
-    hypers_.upload(*ring_, tables.hypers, 0, work.stream());
-    work.finish();
+    if (!settings_changed && !plan_changed(tables)) return;
+    if (capture_of(stream) == 0) return bring(tables, stream);
+    // Into what the graph will read when it runs, and past its capture.
+    const BesideCaptures beside;
+    const PrivateStream aside(device_);
+    bring(tables, aside.get());
+    cuda_check(cudaStreamSynchronize(aside.get()), device_, "waiting for tables of a graph");
   }
 
   void sum_squares(int position, void* stream) override {
-    Work work(*this, stream);
+    Work work(*this, stream, Captured::kToo);
     const auto launch_sums = [&](const auto& body, unsigned blocks) {
       cuda_check(launch(body, blocks, work.stream()), device_, "launching the gradient norm");
     };
-    NormSum* const part = norm_parts_.data() + position;
+    NormSum* const part = tables_->norm_parts.data() + position;
     auto count = std::ssize(plan_->norm_blocks);
     if (count == 0) {
       cuda_check(cudaMemsetAsync(part, 0, sizeof *part, work.stream()), device_, "clearing a norm");
     } else {
-      NormSum* sums = count == 1 ? part : norm_sums_[0].data();
-      NormSum* spare = norm_sums_[1].data();
-      launch_sums(SumGradients{{norm_blocks_.data(), tensors_.data()}, sums},
+      NormSum* sums = count == 1 ? part : tables_->norm_sums[0].data();
+      NormSum* spare = tables_->norm_sums[1].data();
+      launch_sums(SumGradients{{tables_->norm_blocks.data(), tables_->tensors.data()}, sums},
                   static_cast<unsigned>(count));
       while (count > 1) {
         const unsigned blocks = blocks_for(count, kNormBlock);
@@ -188,46 +217,52 @@ class CudaBackend final : public Backend {
   }
 
   NormSum read_sum(int position, void* stream) override {
-    return read_one(norm_parts_.data() + position, stream);
+    return read_one(tables_->norm_parts.data() + position, stream);
   }
 
   void copy_sum(int position, Backend& from, void* from_stream, void* stream) override {
     auto& other = static_cast<CudaBackend&>(from);
     {
-      Work work(*this, stream);
-      cuda_check(cudaStreamWaitEvent(work.stream(), other.last_work_, 0), device_,
+      Work work(*this, stream, Captured::kToo);
+      cuda_check(cudaStreamWaitEvent(work.stream(), work.end_of(other), 0), device_,
                  "waiting for the norm of another device");
-      cuda_check(cudaMemcpyPeerAsync(norm_parts_.data() + position, device_,
-                                     other.norm_parts_.data() + position, other.device_,
+      cuda_check(cudaMemcpyPeerAsync(tables_->norm_parts.data() + position, device_,
+                                     other.tables_->norm_parts.data() + position, other.device_,
                                      sizeof(NormSum), work.stream()),
                  device_, "copying the norm of another device");
       work.finish();
     }
     // The other device must not overwrite its sum before it has been copied.
-    Work work(other, from_stream);
-    cuda_check(cudaStreamWaitEvent(work.stream(), last_work_, 0), other.device_,
+    Work work(other, from_stream, Captured::kToo);
+    cuda_check(cudaStreamWaitEvent(work.stream(), work.end_of(*this), 0), other.device_,
                "waiting for a copy of the norm");
     work.finish();
   }
 
   void write_sum(int position, NormSum sum, void* stream) override {
     Work work(*this, stream);
-    norm_parts_.upload(*ring_, std::span(&sum, 1), static_cast<std::size_t>(position),
-                       work.stream());
+    tables_->norm_parts.upload(*ring_, std::span(&sum, 1), static_cast<std::size_t>(position),
+                               work.stream());
     work.finish();
   }
 
   void run(const StepRequest& request, void* stream) override {
-    Work work(*this, stream);
+    Work work(*this, stream, Captured::kToo);
     const auto tensors = static_cast<int>(plan_->tensors.size());
-    const Prepare prepare{request,        norm_parts_.data(), prepare_.data(), hypers_.data(),
-                          states_.data(), scalars_.data(),    control_.data(), tensors};
+    const Prepare prepare{request,
+                          tables_->norm_parts.data(),
+                          tables_->prepare.data(),
+                          shared(),
+                          work.captured() ? shared_.data() : nullptr,
+                          tables_->scalars.data(),
+                          control_.data(),
+                          tensors};
     cuda_check(launch(prepare, blocks_for(tensors, Prepare::kThreads), work.stream()), device_,
                "launching prepare");
     try {
       for (const Bucket& bucket : plan_->buckets) {
-        const ApplyTables tables{chunks_.data() + bucket.first_chunk, tensors_.data(),
-                                 scalars_.data(), control_.data()};
+        const ApplyTables tables{tables_->chunks.data() + bucket.first_chunk,
+                                 tables_->tensors.data(), tables_->scalars.data(), control_.data()};
         cuda_check(
             apply_kernels().of[bucket.rule][bucket.layout].launch(
                 tables, static_cast<unsigned>(bucket.chunks), bucket.elements, work.stream()),
@@ -237,6 +272,14 @@ class CudaBackend final : public Backend {
     } catch (const OutOfMemory& error) {
       throw DeviceError(error.what());  // the step is half done, whatever the reason
     }
+  }
+
+  void copy_grad_norm(double* to, void* stream) override {
+    Work work(*this, stream);
+    cuda_check(cudaMemcpyAsync(to, &control_.data()->grad_norm, sizeof *to,
+                               cudaMemcpyDeviceToDevice, work.stream()),
+               device_, "copying the gradient norm");
+    work.finish();
   }
 
   StepState read_state(int index) override { return read_one(states_.data() + index, nullptr); }
@@ -251,6 +294,7 @@ class CudaBackend final : public Backend {
   const void* read(const void* from, std::size_t bytes, void* stream) override {
     if (pinned_ == nullptr) {
       const DeviceGuard guard(device_);
+      const BesideCaptures beside;
       cuda_check(cudaHostAlloc(&pinned_, kReadBytes, cudaHostAllocPortable), device_,
                  "allocating pinned memory to read state");
     }
@@ -260,6 +304,7 @@ class CudaBackend final : public Backend {
   void end_reading() noexcept override {
     if (pinned_ == nullptr) return;
     if (getpid() == process_) {
+      const BesideCaptures beside;
       static_cast<void>(cudaEventSynchronize(last_work_));  // a read that has failed may still run
       static_cast<void>(cudaFreeHost(pinned_));
     }
@@ -294,20 +339,27 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  /// What is captured does not run now: it can neither wait for what does nor be waited for.
+  enum class Captured { kRefused, kToo };
+
   /// What is enqueued while it lives comes after everything enqueued for this optimizer before, on
-  /// whichever stream that was.
+  /// whichever stream that was. What is captured comes after what its stream has captured before;
+  /// when the graph runs, its caller orders it.
   class Work {
    public:
-    Work(CudaBackend& backend, void* stream)
-        : backend_(check_process(backend)),
+    Work(CudaBackend& backend, void* stream, Captured capture = Captured::kRefused)
+        : backend_((backend.check_process(), backend)),
           guard_(backend.device_),
-          stream_(static_cast<cudaStream_t>(stream)) {
-      cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-      cuda_check(cudaStreamIsCapturing(stream_, &capturing), backend_.device_,
-                 "asking whether the stream is captured");
-      if (capturing != cudaStreamCaptureStatusNone) {
+          stream_(static_cast<cudaStream_t>(stream)),
+          captured_(backend.capture_id(stream_) != 0) {
+      if (captured_ && capture == Captured::kRefused) {
         throw InvalidArgument("cuda:" + std::to_string(backend_.device_) +
-                              ": a step cannot be captured into a CUDA graph");
+                              ": the stream is being captured into a CUDA graph, and only a step "
+                              "can be: do this outside of the capture");
+      }
+      if (captured_) {
+        backend_.in_graphs_ = backend_.tables_->in_graph = true;
+        return;
       }
       // Handles are used again after a stream is destroyed, ids are not.
       cuda_check(cudaStreamGetId(stream_, &id_), backend_.device_, "identifying the stream");
@@ -316,7 +368,7 @@ class CudaBackend final : public Backend {
                  "waiting for earlier work");
     }
     ~Work() {
-      if (finished_) return;
+      if (finished_ || captured_) return;
       // After an error: what was enqueued before it is still to be waited for.
       static_cast<void>(cudaEventRecord(backend_.last_work_, stream_));
       backend_.last_stream_ = id_;
@@ -325,26 +377,149 @@ class CudaBackend final : public Backend {
     Work& operator=(const Work&) = delete;
 
     cudaStream_t stream() const { return stream_; }
+    bool captured() const { return captured_; }
+    /// What another device has enqueued, or in the same capture, captured.
+    cudaEvent_t end_of(const CudaBackend& other) const {
+      return captured_ ? other.last_captured_ : other.last_work_;
+    }
     void finish() {
-      cuda_check(cudaEventRecord(backend_.last_work_, stream_), backend_.device_,
+      cuda_check(cudaEventRecord(end_of(backend_), stream_), backend_.device_,
                  "recording the end of a step");
+      if (captured_) return;
       backend_.last_stream_ = id_;
       finished_ = true;
     }
 
    private:
-    static CudaBackend& check_process(CudaBackend& backend) {
-      if (getpid() == backend.process_) return backend;
-      throw DeviceError("cuda:" + std::to_string(backend.device_) +
-                        ": a forked process cannot use the CUDA context of its parent");
-    }
-
     CudaBackend& backend_;
     DeviceGuard guard_;
     cudaStream_t stream_;
+    bool captured_;
     unsigned long long id_ = 0;
     bool finished_ = false;
   };
+
+  void check_process() const {
+    if (getpid() == process_) return;
+    throw DeviceError("cuda:" + std::to_string(device_) +
+                      ": a forked process cannot use the CUDA context of its parent");
+  }
+
+  /// Of a stream of this device, which is current.
+  unsigned long long capture_id(cudaStream_t stream) const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    const cudaError_t code = cudaStreamGetCaptureInfo(stream, &status, &id);
+    const auto refuse = [&](const char* why) {
+      throw InvalidArgument("cuda:" + std::to_string(device_) + ": " + why);
+    };
+    if (code == cudaErrorStreamCaptureImplicit) {
+      static_cast<void>(cudaGetLastError());
+      refuse(
+          "the default stream cannot be used while a stream that it waits for is captured into a "
+          "CUDA graph: pass the captured stream, or capture one made with cudaStreamNonBlocking");
+    }
+    cuda_check(code, device_, "asking whether the stream is captured");
+    if (status == cudaStreamCaptureStatusInvalidated) {
+      refuse("an earlier call has invalidated the capture of its stream: end it and begin again");
+    }
+    return status == cudaStreamCaptureStatusActive ? id : 0;
+  }
+
+  /// A graph runs on whichever stream its caller likes.
+  void wait_for_graphs() {
+    if (!in_graphs_) return;
+    const DeviceGuard guard(device_);
+    const cudaError_t code = cudaDeviceSynchronize();
+    if (code == cudaErrorStreamCaptureUnsupported) {
+      static_cast<void>(cudaGetLastError());
+      throw InvalidArgument("cuda:" + std::to_string(device_) +
+                            ": this waits for the device, which is not possible while a stream is "
+                            "captured into a CUDA graph: do it outside of the capture");
+    }
+    cuda_check(code, device_, "waiting for graphs");
+  }
+
+  bool plan_changed(const Tables& tables) const {
+    return tables.members_changed || tables.norm_blocks_changed || tables.changed_rows.end != 0 ||
+           static_cast<std::size_t>(tables.norm_parts) > tables_->norm_parts.capacity();
+  }
+
+  void bring(const Tables& tables, void* stream) {
+    const BesideCaptures beside;
+    Work work(*this, stream);
+    if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
+    control_.reserve(1, work.stream());
+    bring_shared(tables, work.stream());
+    if (tables_->in_graph && plan_changed(tables)) {
+      auto fresh = std::make_unique<PlanTables>(device_);
+      of_graphs_.reserve(of_graphs_.size() + 1);
+      try {
+        fresh->norm_parts.reserve(tables_->norm_parts.capacity(), work.stream());
+        bring_plan(tables, true, *fresh, work.stream());
+      } catch (...) {
+        fresh->release(work.stream());
+        throw;
+      }
+      of_graphs_.push_back(std::exchange(tables_, std::move(fresh)));
+    } else {
+      bring_plan(tables, false, *tables_, work.stream());
+    }
+    work.finish();
+  }
+
+  SharedTables shared() const { return {hypers_.data(), states_.data()}; }
+  bool shared_has_moved() const {
+    return shared_known_.hypers != hypers_.data() || shared_known_.states != states_.data();
+  }
+
+  /// What is one for the steps of every plan, in graphs or not.
+  void bring_shared(const Tables& tables, cudaStream_t stream) {
+    hypers_.reserve(tables.hypers.size(), stream);
+    states_.reserve(static_cast<std::size_t>(tables.states), stream);
+    shared_.reserve(1, stream);
+    if (shared_has_moved()) {
+      const SharedTables now = shared();
+      shared_.upload(*ring_, std::span(&now, 1), 0, stream);
+      shared_known_ = now;
+    }
+    hypers_.upload(*ring_, tables.hypers, 0, stream);
+  }
+
+  void bring_plan(const Tables& tables, bool whole, PlanTables& to, cudaStream_t stream) {
+    const Plan& plan = *tables.plan;
+    const bool norm_blocks = tables.norm_blocks_changed || (whole && !plan.norm_blocks.empty());
+    to.tensors.reserve(plan.tensors.size(), stream);
+    to.prepare.reserve(plan.prepare.size(), stream);
+    to.scalars.reserve(plan.tensors.size(), stream);
+    to.chunks.reserve(plan.chunks.size(), stream);
+    to.norm_parts.reserve(static_cast<std::size_t>(tables.norm_parts), stream);
+    if (norm_blocks) {
+      to.norm_blocks.reserve(plan.norm_blocks.size(), stream);
+      to.norm_sums[0].reserve(plan.norm_blocks.size(), stream);
+      to.norm_sums[1].reserve(blocks_for(std::ssize(plan.norm_blocks), kNormBlock), stream);
+    }
+    if (tables.norm_blocks_changed) {
+      cuda_check(load_kernel<SumGradients>(), device_, "loading kernels");
+      cuda_check(load_kernel<SumSums>(), device_, "loading kernels");
+    }
+    if (tables.members_changed) {
+      for (const Bucket& bucket : plan.buckets) {
+        cuda_check(apply_kernels().of[bucket.rule][bucket.layout].load(), device_,
+                   "loading kernels");
+      }
+    }
+    if (tables.members_changed || whole) {
+      to.tensors.upload(*ring_, plan.tensors, 0, stream);
+      to.prepare.upload(*ring_, plan.prepare, 0, stream);
+      to.chunks.upload(*ring_, plan.chunks, 0, stream);
+    } else {
+      const auto begin = static_cast<std::size_t>(tables.changed_rows.begin);
+      const auto end = static_cast<std::size_t>(tables.changed_rows.end);
+      to.tensors.upload(*ring_, std::span(plan.tensors).subspan(begin, end - begin), begin, stream);
+    }
+    if (norm_blocks) to.norm_blocks.upload(*ring_, plan.norm_blocks, 0, stream);
+  }
 
   template <class T>
   T read_one(const T* from, void* stream) {
@@ -354,7 +529,9 @@ class CudaBackend final : public Backend {
   }
 
   void read_into(void* to, const void* from, std::size_t bytes, void* stream) {
+    const BesideCaptures beside;
     Work work(*this, stream);
+    wait_for_graphs();
     cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, work.stream()), device_,
                "reading from the device");
     cuda_check(cudaStreamSynchronize(work.stream()), device_, "waiting for the device");
@@ -363,41 +540,37 @@ class CudaBackend final : public Backend {
 
   /// Nothing of it is in use any more.
   void release() noexcept {
-    tensors_.release(nullptr);
-    prepare_.release(nullptr);
-    chunks_.release(nullptr);
-    norm_blocks_.release(nullptr);
+    for (const auto& tables : of_graphs_) tables->release(nullptr);
+    tables_->release(nullptr);
     hypers_.release(nullptr);
     states_.release(nullptr);
-    scalars_.release(nullptr);
-    for (auto& sums : norm_sums_) sums.release(nullptr);
-    norm_parts_.release(nullptr);
+    shared_.release(nullptr);
     control_.release(nullptr);
     ring_.reset();
     end_reading();
-    if (last_work_ != nullptr) static_cast<void>(cudaEventDestroy(last_work_));
-    last_work_ = nullptr;
+    for (cudaEvent_t* event : {&last_work_, &last_captured_}) {
+      if (*event != nullptr) static_cast<void>(cudaEventDestroy(*event));
+      *event = nullptr;
+    }
   }
 
   int device_;
   pid_t process_ = getpid();
   std::shared_ptr<Allocator> allocator_;
   cudaEvent_t last_work_ = nullptr;
+  cudaEvent_t last_captured_ = nullptr;  // recorded in captures alone
   unsigned long long last_stream_ = ~0ull;
   const Plan* plan_ = nullptr;
 
   std::unique_ptr<UploadRing> ring_;
   void* pinned_ = nullptr;  // kReadBytes, while state is read
-  DeviceTable<TensorRow> tensors_{device_};
-  DeviceTable<PrepareRow> prepare_{device_};
-  DeviceTable<Chunk> chunks_{device_};
-  DeviceTable<Chunk> norm_blocks_{device_};
+  std::unique_ptr<PlanTables> tables_ = std::make_unique<PlanTables>(device_);
+  std::vector<std::unique_ptr<PlanTables>> of_graphs_;  // no longer ours to write
+  bool in_graphs_ = false;                              // some step was captured
   DeviceTable<HyperRow> hypers_{device_};
   DeviceTable<StepState> states_{device_};
-  DeviceTable<ScalarRow> scalars_{device_};
-  DeviceTable<NormSum> norm_sums_[2] = {DeviceTable<NormSum>{device_},
-                                        DeviceTable<NormSum>{device_}};
-  DeviceTable<NormSum> norm_parts_{device_};
+  DeviceTable<SharedTables> shared_{device_};
+  SharedTables shared_known_{};  // what was uploaded
   DeviceTable<Control> control_{device_};
 };
 

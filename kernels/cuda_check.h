@@ -39,4 +39,17 @@ class DeviceGuard {
   int device_, callers_ = 0;
 };
 
+/// While it lives, calls of this thread that might disturb a capture (to ask for an event, to pin
+/// memory) are allowed although somebody captures: ours have nothing to do with it.
+class BesideCaptures {
+ public:
+  BesideCaptures() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCaptures() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace fusestep::detail

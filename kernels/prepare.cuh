@@ -10,6 +10,12 @@
 
 namespace fusestep::detail {
 
+/// Tables that graphs follow to wherever they have grown.
+struct SharedTables {
+  const HyperRow* hypers;
+  StepState* states;
+};
+
 struct Prepare {
   static constexpr int kThreads = kPrepareThreads;
   static constexpr int kMinBlocks = 1;
@@ -17,8 +23,8 @@ struct Prepare {
   StepRequest request;
   const NormSum* norm_parts;
   const PrepareRow* rows;
-  const HyperRow* hypers;
-  StepState* states;
+  SharedTables shared;
+  const SharedTables* shared_now;  // in a graph: where they are when it runs; else null
   ScalarRow* scalars;
   Control* control;
   int tensors;
@@ -28,10 +34,11 @@ struct Prepare {
     if (block == 0 && thread == 0) record(request, decision, *control);
     const int tensor = static_cast<int>(block) * kThreads + static_cast<int>(thread);
     if (decision.skip || tensor >= tensors) return;
+    const SharedTables at = shared_now == nullptr ? shared : *shared_now;
     const PrepareRow row = rows[tensor];
-    const StepState state = prepare_tensor(row, hypers[row.group], decision,
-                                           state_before(row, states), scalars[tensor]);
-    write_state_after(row, state, states);
+    const StepState state = prepare_tensor(row, at.hypers[row.group], decision,
+                                           state_before(row, at.states), scalars[tensor]);
+    write_state_after(row, state, at.states);
   }
 };
 

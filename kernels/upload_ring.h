@@ -21,12 +21,14 @@ namespace fusestep::detail {
 class UploadRing {
  public:
   UploadRing(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
+    const BesideCaptures beside;
     void* data = nullptr;
     cuda_check(cudaHostAlloc(&data, bytes_, cudaHostAllocPortable), device_,
                "allocating pinned memory for uploads");
     data_ = static_cast<char*>(data);
   }
   ~UploadRing() {
+    const BesideCaptures beside;
     for (const InFlight& upload : in_flight_) {
       static_cast<void>(cudaEventSynchronize(upload.done));
       static_cast<void>(cudaEventDestroy(upload.done));
@@ -39,6 +41,8 @@ class UploadRing {
 
   /// Enqueues a copy; `from` may be reused when this returns. Anything up to any size.
   void upload(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+    if (bytes == 0) return;
+    const BesideCaptures beside;
     for (std::size_t done = 0; done < bytes;) {
       const std::size_t piece = std::min(bytes - done, bytes_ / 4);
       char* pinned = claim(piece);

@@ -220,10 +220,17 @@ PYBIND11_MODULE(_core, m) {
   bind_state_files(m);
   py::class_<TorchStepper>(m, "TorchStepper")
       .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
-      .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"), py::arg("dtensor"))
+      .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"), py::arg("dtensor"),
+           py::arg("writes_grads"))
       .def("add", &TorchStepper::add, py::arg("group"), py::arg("value"), py::arg("grad"),
            py::arg("state"), py::arg("fresh"))
-      .def("step", &TorchStepper::step, py::arg("found_inf"))
+      .def("takes_turns", &TorchStepper::takes_turns)
+      .def("can_store_grads", &TorchStepper::can_store_grads)
+      .def("step", &TorchStepper::step, py::arg("found_inf"), py::arg("loss_scale"),
+           py::arg("store_unscaled_grads"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
+           py::arg("clip_value"), py::arg("skip_nonfinite"))
+      .def("copy_grad_norm", &TorchStepper::copy_grad_norm, py::arg("to"))
+      .def("skipped_steps", &TorchStepper::skipped_steps)
       .def_property_readonly("written", &TorchStepper::written)
       .def_property_readonly("stepped", &TorchStepper::stepped)
       .def_property_readonly("steps", &TorchStepper::steps);

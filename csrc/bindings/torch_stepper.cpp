@@ -204,7 +204,7 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   const auto grad_info = reader_.read(grad);
   if (!grad_info) return false;
   if (!value_info->dense() || !grad_info->laid_out_as(*value_info) ||
-      grad_info->dtype != value_info->dtype || grad_info->is_complex != value_info->is_complex) {
+      grad_info->is_complex != value_info->is_complex) {
     return false;
   }
   tensor.value = value_info->data;
@@ -223,7 +223,11 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
 
   const Group& kind = kinds_[static_cast<std::size_t>(tensor.group)];
   const bool counts = rule_ != "SGD";
-  if (kind.slot_keys.empty() && !counts) return true;
+  const auto has_layout = [&] {
+    const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
+    return detail::find_layout(detail::layout_key(group, tensor)).has_value();
+  };
+  if (kind.slot_keys.empty() && !counts) return has_layout();
   if (state == nullptr) return false;
   for (std::size_t i = 0; i < kind.slot_keys.size(); ++i) {
     PyObject* const slot = PyDict_GetItemWithError(state, kind.slot_keys[i]);
@@ -235,8 +239,7 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
     tensor.slot_dtype = slot_info->dtype;
     tensor.slot[i] = slot_info->data;
   }
-  const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
-  if (!detail::find_layout(detail::layout_key(group, tensor))) return false;
+  if (!has_layout()) return false;
   if (!counts) return true;
   PyObject* const step = PyDict_GetItemWithError(state, keys().step);
   if (is_none_or_missing(step)) return false;
@@ -250,13 +253,18 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   return true;
 }
 
-void TorchStepper::take(PyObject* value, const detail::BorrowedTensor& tensor) {
+void TorchStepper::take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor) {
   tensors_.push_back(tensor);
   ++taken_;
-  if (PyList_Append(written_.ptr(), value) != 0) throw py::error_already_set();
-  if (!is_dtensor(value)) return;
+  note_written(value);
+  if (writes_grads_) note_written(grad);
+}
+
+void TorchStepper::note_written(PyObject* tensor) {
+  if (PyList_Append(written_.ptr(), tensor) != 0) throw py::error_already_set();
+  if (!is_dtensor(tensor)) return;
   // Its version counter and that of its local tensor are two; graphs are built through both.
-  if (PyList_Append(written_.ptr(), local(value).ptr()) != 0) throw py::error_already_set();
+  if (PyList_Append(written_.ptr(), local(tensor).ptr()) != 0) throw py::error_already_set();
 }
 
 /// A parameter without a gradient is handed over too: who comes and goes leaves the rest in place.
@@ -273,8 +281,9 @@ void TorchStepper::rest(std::int32_t group, PyObject* value) {
 }
 
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
-                              const py::object& dtensor) {
+                              const py::object& dtensor, bool writes_grads) {
   dtensor_ = dtensor;
+  writes_grads_ = writes_grads;
   groups_.clear();
   kinds_.clear();
   tensors_.clear();
@@ -313,7 +322,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
       const bool ready = !kinds_.back().differentiable &&
                          fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
       if (ready) {
-        take(value, tensor);
+        take(value, grad.ptr(), tensor);
       } else {
         unready.append(py::make_tuple(i, py::handle(value)));
       }
@@ -328,7 +337,7 @@ bool TorchStepper::add(int group, const py::object& value, const py::object& gra
   tensor.group = group;
   tensor.buffer_filled = !fresh;
   if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
-  take(value.ptr(), tensor);
+  take(value.ptr(), grad.ptr(), tensor);
   return true;
 }
 
@@ -343,8 +352,27 @@ void TorchStepper::read_foreign_lr() {
   }
 }
 
-void TorchStepper::step(const py::object& found_inf) {
+TensorView TorchStepper::scalar(const char* name, const py::object& tensor) const {
+  if (tensor.is_none()) return {};
+  const auto info = reader_.read(tensor.ptr());
+  if (!info || info->elements != 1 || size_of(info->dtype) < 4) {
+    throw py::value_error(std::string(name) + " must be one number of float32 or float64");
+  }
+  return {info->data, info->dtype, {}, info->device, true};
+}
+
+void TorchStepper::step(const py::object& found_inf, const py::object& loss_scale,
+                        bool store_unscaled_grads, const py::object& grad_multiplier,
+                        const py::object& max_grad_norm, const py::object& clip_value,
+                        bool skip_nonfinite) {
   StepOptions options;
+  options.loss_scale_source = scalar("the loss scale", loss_scale);
+  options.grad_multiplier_source = scalar("the multiplier of gradients", grad_multiplier);
+  options.store_unscaled_grads = store_unscaled_grads;
+  options.measure_grad_norm = !max_grad_norm.is_none();
+  if (!max_grad_norm.is_none()) options.max_grad_norm = number(max_grad_norm.ptr());
+  if (!clip_value.is_none()) options.clip_value = number(clip_value.ptr());
+  options.skip_nonfinite = skip_nonfinite;
   if (!found_inf.is_none()) {
     const bool is_number = PyFloat_Check(found_inf.ptr()) || PyLong_Check(found_inf.ptr());
     const auto info = is_number ? std::nullopt : reader_.read(found_inf.ptr());
@@ -362,11 +390,26 @@ void TorchStepper::step(const py::object& found_inf) {
     streams.emplace_back(device, reader_.current_stream(device));
   };
   for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device);
-  if (options.skip_source.present) add_stream(options.skip_source.device);
+  for (const TensorView* source :
+       {&options.skip_source, &options.loss_scale_source, &options.grad_multiplier_source}) {
+    if (source->present) add_stream(source->device);
+  }
   options.streams = streams;
   stepped_ = taken_;
   const py::gil_scoped_release release;
   optimizer_.step(groups_, tensors_, options);
+}
+
+bool TorchStepper::copy_grad_norm(const py::object& to) {
+  const TensorView view = scalar("the tensor for the norm", to);
+  std::vector<Stream> streams;
+  if (view.device.is_cuda()) streams.emplace_back(view.device, reader_.current_stream(view.device));
+  return optimizer_.copy_grad_norm(view, streams);
+}
+
+std::int64_t TorchStepper::skipped_steps() {
+  const py::gil_scoped_release release;
+  return optimizer_.skipped_steps();
 }
 
 }  // namespace fusestep::bindings

@@ -25,16 +25,31 @@ class TorchStepper {
   /// is. Returns (group index, parameter) of the others: state is missing or elsewhere, the memory
   /// is not dense and of one layout, or the group is differentiable. `dtensor`: torch's class of
   /// that name, or None; of its tensors the local parts are stepped, where all are placed alike.
+  /// `writes_grads`: the step will store gradients.
   pybind11::list gather(const pybind11::list& groups, const pybind11::dict& state,
-                        const pybind11::object& dtensor);
+                        const pybind11::object& dtensor, bool writes_grads);
 
   /// Takes one parameter more; false if it cannot be stepped as it is. `fresh`: its momentum buffer
   /// holds nothing yet.
   bool add(int group, const pybind11::object& value, const pybind11::object& grad,
            const pybind11::dict& state, bool fresh);
 
+  /// Of what was taken: see BorrowedOptimizer.
+  bool takes_turns() { return optimizer_.takes_turns(tensors_); }
+  bool can_store_grads() { return optimizer_.can_store_grads(groups_, tensors_); }
+
   /// Steps what was taken. `found_inf` is None, a number or a tensor: not 0 changes nothing.
-  void step(const pybind11::object& found_inf);
+  /// `loss_scale` and `grad_multiplier` are None or tensors of one float32 or float64;
+  /// `max_grad_norm` and `clip_value` None or numbers.
+  void step(const pybind11::object& found_inf, const pybind11::object& loss_scale,
+            bool store_unscaled_grads, const pybind11::object& grad_multiplier,
+            const pybind11::object& max_grad_norm, const pybind11::object& clip_value,
+            bool skip_nonfinite);
+
+  /// The norm of the last step to a tensor of one float64, without waiting; false where that step
+  /// has measured none on its device.
+  bool copy_grad_norm(const pybind11::object& to);
+  std::int64_t skipped_steps();
 
   /// Tensors whose values the step writes: what autograd has to be told of.
   const pybind11::list& written() const { return written_; }
@@ -58,7 +73,9 @@ class TorchStepper {
             detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
   void rest(std::int32_t group, PyObject* value);
-  void take(PyObject* value, const detail::BorrowedTensor& tensor);
+  void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
+  void note_written(PyObject* tensor);
+  TensorView scalar(const char* name, const pybind11::object& tensor) const;
   void read_foreign_lr();
 
   std::string rule_;
@@ -72,6 +89,7 @@ class TorchStepper {
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;
   pybind11::list written_;
+  bool writes_grads_ = false;
   int taken_ = 0;
   int stepped_ = 0;
 };

@@ -196,6 +196,7 @@ LoadReport EngineLoader::load(StateSource& source, bool by_position) {
   verify_what_is_overwritten(source);
   make_room_and_transfer(source);
   commit(metadata);
+  bring_to_graphs();
   return std::move(matched.report);
 }
 
@@ -413,6 +414,7 @@ void EngineLoader::commit(Metadata& metadata) noexcept {
   for (Settings& settings : settings_) {
     GroupRecord& group = engine_.groups_[static_cast<std::size_t>(settings.group)];
     group.hyper = settings.hyper;
+    group.settings_changed = true;
     group.initial_lr = settings.initial_lr;
     group.kept.swap(settings.kept);
   }
@@ -439,6 +441,19 @@ void EngineLoader::commit(Metadata& metadata) noexcept {
     device->members_changed = device->hypers_changed = true;
   }
   engine_.metadata_.swap(metadata);
+}
+
+/// No step comes before the next run of a graph, to bring it what was loaded.
+void EngineLoader::bring_to_graphs() {
+  const auto in_graphs = [](const auto& device) { return device->backend->in_graphs(); };
+  if (std::none_of(engine_.devices_.begin(), engine_.devices_.end(), in_graphs)) return;
+  engine_.on_device([&] {
+    try {
+      engine_.sync_hyper(options_.streams);
+    } catch (const OutOfMemory& error) {
+      throw DeviceError(error.what());  // what was loaded is there in part
+    }
+  });
 }
 
 }  // namespace fusestep::detail

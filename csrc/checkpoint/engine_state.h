@@ -81,6 +81,7 @@ class EngineLoader {
   void write(const Transfer& transfer, std::byte* to, const void* from, std::size_t bytes);
   void end_use(const std::exception& error) noexcept;
   void commit(Metadata& metadata) noexcept;
+  void bring_to_graphs();
 
   ParameterRecord& record(int index) {
     return engine_.parameters_[static_cast<std::size_t>(index)];

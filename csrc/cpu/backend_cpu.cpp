@@ -102,6 +102,8 @@ class CpuBackend final : public Backend {
     });
   }
 
+  void copy_grad_norm(double* to, void*) override { *to = control_.grad_norm; }
+
   StepState read_state(int index) override { return states_[static_cast<std::size_t>(index)]; }
   void write_state(int index, StepState state, void*) override {
     states_[static_cast<std::size_t>(index)] = state;

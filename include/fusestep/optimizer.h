@@ -217,7 +217,16 @@ class FUSESTEP_API Optimizer {
 
   /// One step of every parameter that is not frozen and has a gradient. An exception other than
   /// DeviceError leaves parameters, state and step counts as they were.
+  ///
+  /// Where the streams are being captured into a CUDA graph, nothing is stepped now: each run of
+  /// the graph makes a step of the same parameters and gradients, with the options given here. What
+  /// the step would have to bring to the devices, wait for or allocate is refused with
+  /// InvalidArgument, and the capture can go on; after any other exception in a capture, end it and
+  /// drop its graph. docs/cuda.md has the rules.
   void step(const StepOptions& options = {});
+  /// Brings settings and step counts that were changed to the devices without a step, on their
+  /// streams: graphs that run after it go by them. A step does it by itself.
+  void sync_hyper(std::span<const Stream> streams = {});
 
   /// Whether StepOptions::store_unscaled_grads can be used: the gradients that step now have their
   /// parameter's dtype, no parameter is float64 or rounded stochastically, slots are float32 or,

@@ -7,7 +7,10 @@ and checkpoints from it; only `step` is ours: one call into C++ for all groups. 
 is listed in docs/differences.md.
 """
 
+import contextlib
 import functools
+import inspect
+import math
 import sys
 import warnings
 
@@ -18,6 +21,7 @@ from . import _core
 from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .freezing import Freezable, freeze, thaw
+from .gradients import CommonNorm, check_limit, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
 from .summary import Summarizable, Summary, summary
 
@@ -47,6 +51,21 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     _torch_class: type
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf
 
+    # As pickles of before they existed have them.
+    max_grad_norm = clip_value = None
+    skip_nonfinite = keep_scaled_grads = False
+    _norm_apart = None  # of the last step, where the engine has not measured it
+    _skipped_apart = 0  # steps the engine has not seen
+
+    def __init__(
+        self, *args, max_grad_norm=None, clip_value=None, skip_nonfinite=False, keep_scaled_grads=False, **kwargs
+    ):
+        check_limit("max_grad_norm", max_grad_norm)
+        check_limit("clip_value", clip_value)
+        super().__init__(*args, **kwargs)
+        self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
+        self.skip_nonfinite, self.keep_scaled_grads = bool(skip_nonfinite), bool(keep_scaled_grads)
+
     @_outside_graphs
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,49 +78,88 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = whole(getattr(self, "found_inf", None)), whole(getattr(self, "grad_scale", None))
-        if grad_scale is not None:
-            _unscale(self.param_groups, grad_scale, found_inf)
-        unready = self._stepper.gather(self.param_groups, self.state, dtensor_class())
+        found_inf, loss_scale = whole(getattr(self, "found_inf", None)), scalar_of(getattr(self, "grad_scale", None))
+        stores = loss_scale is not None and not self.keep_scaled_grads
+        unready = self._stepper.gather(self.param_groups, self.state, dtensor_class(), stores)
         if unready:
-            self._step_with_unready(unready, found_inf)
-        else:
-            self._stepper.step(found_inf)
-            torch.autograd.graph.increment_version(self._stepper.written)
+            self._step_with_unready(unready, found_inf, loss_scale)
+            return loss
+        if stores and not self._stepper.can_store_grads():
+            unscale(self.param_groups, loss_scale, found_inf)
+            stores, loss_scale = False, None
+        norm = None
+        if self._measures():
+            pairs = self._pairs()
+            if is_sharded(pairs) or self._stepper.takes_turns():
+                norm = CommonNorm(pairs, loss_scale)
+        self._run(found_inf, loss_scale, stores, norm)
         return loss
 
-    def _step_with_unready(self, unready, found_inf):
+    def _measures(self):
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def _pairs(self):
+        return [(p, p.grad) for group in self.param_groups for p in group["params"]]
+
+    def _run(self, found_inf, loss_scale, stores, norm):
+        """One call for what was taken. The norm is the engine's own where None is given."""
+        if norm is None:
+            norm_of_engine = self.max_grad_norm, self.clip_value, self.skip_nonfinite
+            self._stepper.step(found_inf, loss_scale, stores, None, *norm_of_engine)
+        else:
+            skip = norm.skip(found_inf) if self.skip_nonfinite else found_inf
+            coefficient = norm.coefficient(self.max_grad_norm)
+            self._stepper.step(skip, loss_scale, stores, coefficient, None, self.clip_value, False)
+        self._norm_apart = None if norm is None else norm.norm
+        torch.autograd.graph.increment_version(self._stepper.written)
+
+    def _step_with_unready(self, unready, found_inf, loss_scale):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
         if found_inf is not None and float(found_inf) != 0:
-            return  # waits for the device, so that a skipped step makes no state
+            return self._skip(None)  # waits for the device, so that a skipped step makes no state
+        if loss_scale is not None and not self.keep_scaled_grads:
+            unscale(self.param_groups, loss_scale, None)
+            loss_scale = None
+        why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, p in unready}
+        # The engine has their addresses: they live until it has stepped.
+        grads = {p: grad_placed_as(p) for _, p in unready if why[p] is None}
+        norm, pairs = None, [(p, grads.get(p, grad)) for p, grad in self._pairs()]
+        if self._measures() and (self.skip_nonfinite or is_sharded(pairs)):
+            norm = CommonNorm(pairs, loss_scale)
+            if self.skip_nonfinite and float(norm.nonfinite) != 0:
+                return self._skip(norm)
         left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
-        grads = []  # the engine has their addresses: they live until it has stepped
         for index, p in unready:
-            group = self.param_groups[index]
-            state = self.state.get(p, {})
-            why = _why_torch(p, state, group)
-            if why is None:
+            if why[p] is None:
+                group, state = self.param_groups[index], self.state.get(p, {})
                 if _complete(state, self._state_names(group), p, group):
                     fresh.add(p)
                 if state:
                     self.state[p] = state
-                grads.append(grad_placed_as(p))
-                if self._stepper.add(index, p, grads[-1], state, p in fresh):
+                if self._stepper.add(index, p, grads[p], state, p in fresh):
                     continue
-                copy = _DenseCopy(p, grads[-1], state)
+                copy = _DenseCopy(p, grads[p], state)
                 if self._stepper.add(index, copy.value, copy.grad, copy.state, p in fresh):
                     copies.append(copy)
                     continue
-                why = "whose gradient or state has another dtype or shape"
-            left_to_torch[index].append((p, why))
-        self._step_by_torch(left_to_torch)  # first: it may refuse
-        self._stepper.step(None)
+                why[p] = "whose gradient or state has another dtype or shape"
+            left_to_torch[index].append((p, why[p]))
+        if self._measures() and norm is None and (any(left_to_torch) or self._stepper.takes_turns()):
+            norm = CommonNorm(pairs, loss_scale)
+        elif not is_sharded(pairs) and not any(left_to_torch) and not self._stepper.takes_turns():
+            norm = None  # the engine's, whose bits do not depend on anything
+        self._step_by_torch(left_to_torch, norm, loss_scale)  # first: it may refuse
+        self._run(None, loss_scale, False, norm)
         for copy in copies:
             copy.write_back()
-        wholes = [copy.parameter for copy in copies if is_dtensor(copy.parameter)]
-        torch.autograd.graph.increment_version(self._stepper.written + wholes)
+        torch.autograd.graph.increment_version([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
 
-    def _step_by_torch(self, left):
+    def _skip(self, norm):
+        """A step that the host knows to be skipped."""
+        self._skipped_apart += 1
+        self._norm_apart = torch.tensor(math.nan, dtype=torch.float64) if norm is None else norm.norm
+
+    def _step_by_torch(self, left, norm, loss_scale):
         """torch's own step for (parameter, why) of each group: on a stand-in, without hooks and GradScaler."""
         if not any(left):
             return
@@ -113,9 +171,41 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             {**group, "params": [p for p, _ in members], "foreach": False, "fused": False}
             for group, members in zip(self.param_groups, left, strict=True)
         ]
-        _without_hooks(self._torch_class.step)(stand_in)
+        multiplier = None if norm is None else norm.coefficient(self.max_grad_norm)
+        if loss_scale is not None:
+            multiplier = loss_scale.double().reciprocal().reshape(()) * (1 if multiplier is None else multiplier)
+        with contextlib.ExitStack() as stack:
+            if multiplier is not None or self.clip_value is not None:
+                members = [(p, group["differentiable"]) for group in stand_in.param_groups for p in group["params"]]
+                one = torch.ones((), dtype=torch.float64)
+                stack.enter_context(scaled_grads(members, one if multiplier is None else multiplier, self.clip_value))
+            _without_hooks(self._torch_class.step)(stand_in)
         for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
             _warn_once(type(self).__name__, why)
+
+    @property
+    def grad_norm(self):
+        """The norm over all gradients of the last step, divided by the loss scale, before clipping.
+
+        A float64 scalar where the parameters are; reading it is what waits. NaN where the step has
+        measured none: it does for `max_grad_norm` (infinite: measures, and clips nothing) and
+        `skip_nonfinite`.
+        """
+        if self._norm_apart is not None:
+            return self._norm_apart
+        written = self._stepper.written
+        norm = torch.full((), math.nan, dtype=torch.float64, device=written[0].device if written else None)
+        self._stepper.copy_grad_norm(norm)
+        return norm
+
+    @property
+    def skipped_steps(self):
+        """Steps that `found_inf` or `skip_nonfinite` has skipped, since it was made or unpickled. Waits."""
+        return self._skipped_apart + self._stepper.skipped_steps()
+
+    def __getstate__(self):
+        own = {name: self.__dict__[name] for name in _OWN_SETTINGS if name in self.__dict__}
+        return {**super().__getstate__(), **own}
 
     def state_dict(self):
         """torch's state_dict, with `step` of CUDA parameters on the CPU unless `fused` or `capturable`.
@@ -146,6 +236,23 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             return self.__dict__.setdefault("_stepper_of_this_process", _core.TorchStepper(self._rule, torch.Tensor))
 
 
+_OWN_SETTINGS = ("max_grad_norm", "clip_value", "skip_nonfinite", "keep_scaled_grads")
+
+
+def _with_torchs_signature(cls):
+    """The constructor has torch's arguments, and ours after them."""
+
+    def __init__(self, *args, **kwargs):
+        super(cls, self).__init__(*args, **kwargs)
+
+    torchs = inspect.signature(cls._torch_class.__init__)
+    own = [p for p in inspect.signature(_FusedStep.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    __init__.__signature__ = torchs.replace(parameters=[*torchs.parameters.values(), *own])
+    cls.__init__ = __init__
+    return cls
+
+
+@_with_torchs_signature
 class Adam(_FusedStep, torch.optim.Adam):
     __doc__ = torch.optim.Adam.__doc__
     _rule = "Adam"
@@ -155,6 +262,7 @@ class Adam(_FusedStep, torch.optim.Adam):
         return ("step", "exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
 
+@_with_torchs_signature
 class AdamW(_FusedStep, torch.optim.AdamW):
     __doc__ = torch.optim.AdamW.__doc__
     _rule = "Adam"
@@ -162,6 +270,7 @@ class AdamW(_FusedStep, torch.optim.AdamW):
     _state_names = Adam._state_names
 
 
+@_with_torchs_signature
 class SGD(_FusedStep, torch.optim.SGD):
     __doc__ = torch.optim.SGD.__doc__
     _rule = "SGD"
@@ -171,6 +280,7 @@ class SGD(_FusedStep, torch.optim.SGD):
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
+@_with_torchs_signature
 class RMSprop(_FusedStep, torch.optim.RMSprop):
     __doc__ = torch.optim.RMSprop.__doc__
     _rule = "RMSprop"
@@ -208,25 +318,6 @@ def _step_tensor(value, p, group):
     if value.dtype not in (torch.float32, torch.float64):
         value = value.to(torch.float32)
     return value.to(p.device)
-
-
-# ---- GradScaler --------------------------------------------------------------------------------
-
-
-def _unscale(groups, grad_scale, found_inf):
-    """Divides gradients by GradScaler's scale in place, as torch leaves them, unless the step is skipped."""
-    grads = {}
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                grad = p.grad._values() if p.grad.layout is torch.sparse_coo else local(p.grad)
-                grads.setdefault((grad.device, grad.dtype), {})[id(grad)] = grad
-    for (device, _), alike in grads.items():
-        divisor = torch.as_tensor(grad_scale, device=device).reshape(())
-        if found_inf is not None:
-            skipped = torch.as_tensor(found_inf, device=device).reshape(()) != 0
-            divisor = torch.where(skipped, torch.ones_like(divisor), divisor)
-        torch._foreach_div_(list(alike.values()), divisor)
 
 
 # ---- memory laid out otherwise -----------------------------------------------------------------

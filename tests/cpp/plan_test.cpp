@@ -38,6 +38,7 @@ class PaperBackend final : public Backend {
   void copy_sum(int, Backend&, void*, void*) override {}
   void write_sum(int, NormSum, void*) override {}
   void run(const StepRequest&, void*) override {}
+  void copy_grad_norm(double*, void*) override {}
   StepState read_state(int) override { return {}; }
   void write_state(int, StepState, void*) override {}
   Control read_control() override { return {}; }
@@ -182,11 +183,11 @@ TEST(Plan, RefreshesTheRowsThatChanged) {
     parameters[static_cast<std::size_t>(changed)].grad = at<float>(kGrad + 0x80000, 10);
   }
   const int changed[] = {2, 1};
-  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters, false);
+  const Backend::RowRange rows = refresh_rows(plan, changed, backend, groups, parameters);
   EXPECT_EQ(rows.begin, 1);
   EXPECT_EQ(rows.end, 3);
   EXPECT_EQ(plan.tensors, build_plan(0, backend, groups, parameters, false).tensors);
-  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters, false);
+  const Backend::RowRange none = refresh_rows(plan, {}, backend, groups, parameters);
   EXPECT_EQ(none.begin, none.end);
 }
 

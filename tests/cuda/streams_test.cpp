@@ -7,25 +7,11 @@
 #include <chrono>
 #include <thread>
 
+#include "own_stream.h"
 #include "twins.h"
 
 namespace fusestep::test {
 namespace {
-
-class OwnStream {
- public:
-  explicit OwnStream(unsigned flags = cudaStreamNonBlocking) {
-    check(cudaStreamCreateWithFlags(&handle_, flags));
-  }
-  ~OwnStream() { static_cast<void>(cudaStreamDestroy(handle_)); }
-  OwnStream(const OwnStream&) = delete;
-  OwnStream& operator=(const OwnStream&) = delete;
-  cudaStream_t get() const { return handle_; }
-  Stream view() const { return {Device::cuda(), static_cast<void*>(handle_)}; }
-
- private:
-  cudaStream_t handle_ = nullptr;
-};
 
 std::vector<GroupSpec> one_group() {
   return {{"g", AdamWHyper{.lr = 1e-2}, kLayoutCases[0], {{3000}, {5}, {70, 1, 1}}},

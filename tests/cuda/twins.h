@@ -129,6 +129,7 @@ class Twins {
   }
   void use_grads(Optimizer& of, int set) {
     for (Batch& batch : batches_) {
+      if (!(&of == &cpu ? batch.joined_cpu : batch.joined_cuda)) continue;
       Slab& grads = batch.grads[set];
       for (int i = 0; i < grads.count(); ++i) {
         of.parameter(batch.name(i))

@@ -6,7 +6,8 @@
 // Work is late and out of order: nothing on a stream runs before something waits for it, and what
 // no stream, event or default-stream rule orders runs in an order drawn from a seed. Memory is
 // unforgiving: fresh and freed device memory holds NaN, guard zones surround it, and the host
-// cannot touch it. Any call can be made to fail.
+// cannot touch it. Any call can be made to fail. What CUDA forbids while a stream is captured fails
+// with CUDA's error and, as there, invalidates the capture.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -56,7 +57,7 @@ std::string call_list();
 
 /// What exists now.
 struct Live {
-  std::int64_t allocations = 0, pinned = 0, events = 0, streams = 0;
+  std::int64_t allocations = 0, pinned = 0, events = 0, streams = 0, graphs = 0;
   friend bool operator==(const Live&, const Live&) = default;
 };
 Live live();
@@ -74,9 +75,6 @@ void check_guards();
 /// it has not, and the host can touch it. What overlaps with it is forgotten.
 void adopt(const void* data, std::size_t bytes, int device);
 void forget_adopted();
-
-/// From now on the stream is being captured; nothing of a capture but its status is simulated.
-void capture(cudaStream_t stream);
 
 /// Operations that have been enqueued and have not run.
 std::size_t pending();

@@ -19,6 +19,7 @@
 
 #include "cuda_sim.h"
 #include "device_memory.h"
+#include "graph.h"
 #include "grid.h"
 #include "schedule.h"
 
@@ -27,11 +28,19 @@ struct CUstream_st {
   int device;
   bool blocking;
   cuda_sim::Ticket last;
-  bool captured = false;
+  cuda_sim::CapturePoint captured = {};
 };
 struct CUevent_st {
   int device;
   cuda_sim::Ticket recorded;
+  cuda_sim::CapturePoint captured = {};  // where it was recorded in a capture last
+};
+struct CUgraph_st {
+  std::shared_ptr<const cuda_sim::Graph> graph;
+};
+struct CUgraphExec_st {
+  std::shared_ptr<const cuda_sim::Graph> graph;
+  cuda_sim::Ticket last;  // launches of one exec run one after the other
 };
 
 namespace cuda_sim {
@@ -59,6 +68,7 @@ class Handles {
   }
   bool valid(Object* handle) const { return live_.count(handle) != 0; }
   std::size_t live() const { return live_.size(); }
+  const std::set<Object*>& all() const { return live_; }
   void clear() {
     while (!live_.empty()) destroy(*live_.begin());
   }
@@ -78,7 +88,19 @@ struct SimulatedDevice {
 
 struct Pinned {
   std::size_t bytes;
-  int users = 0;  // copies in flight
+  std::shared_ptr<int> users = std::make_shared<int>(0);  // copies in flight, and in graphs
+};
+
+/// Pinned memory is in use while it lives.
+class PinnedUse {
+ public:
+  explicit PinnedUse(const Pinned& block) : users_(block.users) { ++*users_; }
+  ~PinnedUse() { --*users_; }
+  PinnedUse(const PinnedUse&) = delete;
+  PinnedUse& operator=(const PinnedUse&) = delete;
+
+ private:
+  std::shared_ptr<int> users_;
 };
 
 struct Adopted {
@@ -96,6 +118,10 @@ class Runtime {
     schedule.reset(seed, policy);
     streams.clear();
     events.clear();
+    graphs.clear();
+    execs.clear();
+    captures.clear();
+    thread_mode = cudaStreamCaptureModeGlobal;
     for (int d = 0; d < kDevices; ++d) {
       devices[d].memory.clear();
       devices[d].legacy = {static_cast<unsigned long long>(d) + 1, d, true, nullptr};
@@ -132,16 +158,73 @@ class Runtime {
     for (int d = 0; d < kDevices; ++d) devices[d].memory.open((wanted >> d & 1) != 0);
   }
 
-  CUstream_st* stream(cudaStream_t handle) {
+  CUstream_st* find_stream(cudaStream_t handle) {
     if (handle == nullptr) return &devices[current].legacy;
     if (streams.valid(handle)) return handle;
     violate("a destroyed stream was used");
+    stream_error = cudaErrorInvalidResourceHandle;
     return nullptr;
+  }
+  /// One that work can be enqueued on; otherwise null, and stream_error says why.
+  CUstream_st* stream(cudaStream_t handle) {
+    CUstream_st* const found = find_stream(handle);
+    if (found == nullptr) return nullptr;
+    if (found->captured.capture != nullptr && found->captured.capture->invalidated) {
+      stream_error = cudaErrorStreamCaptureInvalidated;
+      return nullptr;
+    }
+    if (handle == nullptr && blocking_capture(current) != nullptr) {
+      while (Capture* capture = blocking_capture(current)) capture->invalidated = true;
+      stream_error = cudaErrorStreamCaptureImplicit;
+      return nullptr;
+    }
+    return found;
+  }
+
+  /// A capture of a stream that the default stream of this device would have to wait for.
+  Capture* blocking_capture(int device) {
+    for (const CUstream_st* other : devices[device].blocking) {
+      Capture* const capture = other->captured.capture.get();
+      if (capture != nullptr && !capture->invalidated) return capture;
+    }
+    return nullptr;
+  }
+  /// Of a capture under way: some call has done what it must not.
+  static cudaError_t invalidate(Capture* capture, cudaError_t code) {
+    if (capture != nullptr) capture->invalidated = true;
+    return code;
+  }
+  /// What may disturb a capture is forbidden by the modes of threads and captures.
+  cudaError_t forbidden_by_captures() {
+    if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+    cudaError_t code = cudaSuccess;
+    for (const auto& capture : captures) {
+      if (capture->invalidated || capture->mode == cudaStreamCaptureModeRelaxed) continue;
+      const bool own = capture->thread == std::this_thread::get_id();
+      const bool both_global = thread_mode == cudaStreamCaptureModeGlobal &&
+                               capture->mode == cudaStreamCaptureModeGlobal;
+      if (own || both_global) {
+        code = invalidate(capture.get(), cudaErrorStreamCaptureUnsupported);
+      }
+    }
+    return code;
+  }
+  std::vector<CUstream_st*> streams_in(const Capture* capture) {
+    std::vector<CUstream_st*> members;
+    for (CUstream_st* one : streams.all()) {
+      if (one->captured.capture.get() == capture) members.push_back(one);
+    }
+    return members;
   }
 
   /// CUDA's order: after what is on the stream; the legacy default stream after all blocking
   /// streams of its device, and they after it.
   Ticket enqueue(CUstream_st* stream, Operation operation) {
+    if (CapturePoint& point = stream->captured; point.capture != nullptr) {
+      operation.stream_device = stream->device;
+      point.after = {point.capture->graph.add(std::move(operation), point.after)};
+      return nullptr;
+    }
     auto ticket = std::make_shared<Operation>(std::move(operation));
     const auto follow = [&](const Ticket& before) {
       if (before != nullptr && !before->done) ticket->after.push_back(before);
@@ -167,6 +250,11 @@ class Runtime {
   SimulatedDevice devices[kDevices];
   Handles<CUstream_st> streams;
   Handles<CUevent_st> events;
+  Handles<CUgraph_st> graphs;
+  Handles<CUgraphExec_st> execs;
+  std::vector<std::shared_ptr<Capture>> captures;  // under way
+  cudaError_t stream_error = cudaSuccess;          // why stream() has found none
+  unsigned long long next_capture_id = 1;
   std::map<void*, Pinned> pinned;
   std::map<const char*, Adopted> adopted;
   std::size_t most_pinned_bytes = 0;
@@ -183,7 +271,9 @@ class Runtime {
   static thread_local int current;
   static thread_local cudaError_t last_error;
   static thread_local bool in_host_function;
+  static thread_local cudaStreamCaptureMode thread_mode;
 };
+thread_local cudaStreamCaptureMode Runtime::thread_mode = cudaStreamCaptureModeGlobal;
 thread_local int Runtime::current = 0;
 thread_local cudaError_t Runtime::last_error = cudaSuccess;
 thread_local bool Runtime::in_host_function = false;
@@ -224,6 +314,15 @@ cudaError_t call(const char* name, F&& f) {
   const cudaError_t refused = enter(r, name);
   const cudaError_t code = refused != cudaSuccess ? refused : f(r);
   return leave(r, r.sticky != cudaSuccess ? r.sticky : code);
+}
+
+/// A call that might disturb a capture under way.
+template <class F>
+cudaError_t unsafe_call(const char* name, F&& f) {
+  return call(name, [&](Runtime& r) {
+    const cudaError_t forbidden = r.forbidden_by_captures();
+    return forbidden != cudaSuccess ? forbidden : f(r);
+  });
 }
 
 /// A call that does its work even if it reports an error of earlier work.
@@ -299,26 +398,26 @@ cudaError_t check_direction(Runtime& r, int to, int from, cudaMemcpyKind kind) {
 
 unsigned bit_of(int device) { return device < 0 ? 0u : 1u << device; }
 
-/// Pageable sources are copied at once, pinned ones are read when the copy runs; a copy to pageable
-/// memory has run when the call returns.
+/// Pageable sources are copied at once (in a graph: read whenever it runs), pinned ones are read
+/// when the copy runs; a copy to pageable memory has run when the call returns.
 cudaError_t copy(Runtime& r, void* to, const void* from, std::size_t bytes, CUstream_st* stream,
                  bool wait) {
-  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (stream == nullptr) return r.stream_error;
   if (bytes == 0) return cudaSuccess;
+  const bool captured = stream->captured.capture != nullptr;
   const int to_device = device_of(r, to), from_device = device_of(r, from);
   Pinned* const to_pinned = to_device < 0 ? pinned_block(r, to, bytes) : nullptr;
   Pinned* const from_pinned = from_device < 0 ? pinned_block(r, from, bytes) : nullptr;
   auto staged = std::make_shared<std::vector<char>>();
-  if (from_device < 0 && from_pinned == nullptr) {
+  if (from_device < 0 && from_pinned == nullptr && !captured) {
     const auto* begin = static_cast<const char*>(from);
     staged->assign(begin, begin + bytes);
   }
-  if (to_pinned != nullptr) ++to_pinned->users;
-  if (from_pinned != nullptr) ++from_pinned->users;
+  const auto use = [](const Pinned* block) {
+    return block == nullptr ? nullptr : std::make_shared<PinnedUse>(*block);
+  };
   const Ticket done = r.enqueue(
-      stream, {[&r, to, from, bytes, staged, to_pinned, from_pinned] {
-                 if (to_pinned != nullptr) --to_pinned->users;
-                 if (from_pinned != nullptr) --from_pinned->users;
+      stream, {[&r, to, from, bytes, staged, held = std::pair(use(to_pinned), use(from_pinned))] {
                  if (!exists(r, "copy to", to, bytes) || !exists(r, "copy from", from, bytes)) {
                    return;
                  }
@@ -335,7 +434,11 @@ cudaError_t copy(Runtime& r, void* to, const void* from, std::size_t bytes, CUst
 
 cudaError_t allocate(Runtime& r, void** data, std::size_t bytes, CUstream_st* stream) {
   if (data == nullptr || bytes == 0) return cudaErrorInvalidValue;
-  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (stream == nullptr) return r.stream_error;
+  if (stream->captured.capture != nullptr) {
+    r.violate("an allocation was captured: its memory is gone when the graph has run");
+    return cudaErrorStreamCaptureUnsupported;
+  }
   DeviceMemory& memory = r.devices[stream->device].memory;
   char* address = memory.reserve(bytes);
   if (address == nullptr) return cudaErrorMemoryAllocation;
@@ -348,11 +451,15 @@ cudaError_t deallocate(Runtime& r, void* data, CUstream_st* stream) {
   if (data == nullptr) return cudaSuccess;
   const int device = device_of(r, data);
   auto* address = static_cast<char*>(data);
+  if (stream != nullptr && stream->captured.capture != nullptr) {
+    r.violate("a free was captured");
+    return cudaErrorStreamCaptureUnsupported;
+  }
   if (device < 0 || !r.devices[device].memory.promise_free(address)) {
     r.violate("freed twice, or what was never allocated");
     return cudaErrorInvalidValue;
   }
-  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (stream == nullptr) return r.stream_error;
   DeviceMemory& memory = r.devices[device].memory;
   r.enqueue(stream, {[&memory, address] { memory.end(address); }, bit_of(device), true});
   return cudaSuccess;
@@ -364,7 +471,8 @@ cudaError_t launch_kernel(const char* name, unsigned blocks, cudaStream_t handle
                           std::function<void(const GridOrder&)> run) {
   return call("cudaLaunchKernel", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr || stream->device != r.current) return cudaErrorInvalidResourceHandle;
+    if (stream == nullptr) return r.stream_error;
+    if (stream->device != r.current) return cudaErrorInvalidResourceHandle;
     if (blocks == 0) {
       r.violate(std::string("a launch of no blocks: ") + name);
       return cudaErrorInvalidValue;
@@ -386,7 +494,7 @@ cudaError_t launch_kernel(const char* name, unsigned blocks, cudaStream_t handle
 }
 
 cudaError_t load_kernel(const char*) {
-  return call("cudaFuncGetAttributes", [](Runtime&) { return cudaSuccess; });
+  return unsafe_call("cudaFuncGetAttributes", [](Runtime&) { return cudaSuccess; });
 }
 
 void reset(std::uint64_t seed, Policy policy) {
@@ -471,6 +579,7 @@ Live live() {
   now.pinned = static_cast<std::int64_t>(runtime().pinned.size());
   now.events = static_cast<std::int64_t>(runtime().events.live());
   now.streams = static_cast<std::int64_t>(runtime().streams.live());
+  now.graphs = static_cast<std::int64_t>(runtime().graphs.live() + runtime().execs.live());
   return now;
 }
 
@@ -496,8 +605,10 @@ std::size_t pending() {
 }  // namespace cuda_sim
 
 using cuda_sim::call;
+using cuda_sim::Capture;
 using cuda_sim::releasing_call;
 using cuda_sim::Runtime;
+using cuda_sim::unsafe_call;
 
 cudaError_t cudaGetDeviceCount(int* count) {
   return call("cudaGetDeviceCount", [&](Runtime&) {
@@ -523,6 +634,13 @@ cudaError_t cudaSetDevice(int device) {
 
 cudaError_t cudaDeviceSynchronize() {
   return call("cudaDeviceSynchronize", [](Runtime& r) {
+    cudaError_t code = cudaSuccess;
+    for (const CUstream_st* stream : r.streams.all()) {
+      Capture* const capture = stream->captured.capture.get();
+      if (capture == nullptr || stream->device != r.current) continue;
+      code = Runtime::invalidate(capture, cudaErrorStreamCaptureUnsupported);
+    }
+    if (code != cudaSuccess) return code;
     r.schedule.force_device(r.current);
     return cudaSuccess;
   });
@@ -543,6 +661,16 @@ const char* cudaGetErrorName(cudaError_t code) {
     case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorNotPermitted: return "cudaErrorNotPermitted";
+    case cudaErrorIllegalState: return "cudaErrorIllegalState";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
+    case cudaErrorStreamCaptureMerge: return "cudaErrorStreamCaptureMerge";
+    case cudaErrorStreamCaptureUnmatched: return "cudaErrorStreamCaptureUnmatched";
+    case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
+    case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
+    case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
+    case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
+    case cudaErrorStreamCaptureWrongThread: return "cudaErrorStreamCaptureWrongThread";
     case cudaErrorUnknown: return "cudaErrorUnknown";
   }
   return "unrecognized error code";
@@ -553,7 +681,7 @@ const char* cudaGetErrorString(cudaError_t code) {
 }
 
 cudaError_t cudaMalloc(void** data, std::size_t bytes) {
-  return call("cudaMalloc", [&](Runtime& r) {
+  return unsafe_call("cudaMalloc", [&](Runtime& r) {
     const cudaError_t code = cuda_sim::allocate(r, data, bytes, &r.devices[r.current].legacy);
     if (code == cudaSuccess) r.schedule.force(r.devices[r.current].legacy.last);
     return code;
@@ -562,6 +690,7 @@ cudaError_t cudaMalloc(void** data, std::size_t bytes) {
 
 cudaError_t cudaFree(void* data) {
   return releasing_call("cudaFree", [&](Runtime& r) {
+    if (const cudaError_t code = r.forbidden_by_captures(); code != cudaSuccess) return code;
     r.schedule.force_all();
     const int device = std::max(cuda_sim::device_of(r, data), 0);
     const cudaError_t code = cuda_sim::deallocate(r, data, &r.devices[device].legacy);
@@ -581,7 +710,7 @@ cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
 }
 
 cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
-  return call("cudaHostAlloc", [&](Runtime& r) {
+  return unsafe_call("cudaHostAlloc", [&](Runtime& r) {
     void* memory = std::malloc(bytes);
     if (memory == nullptr) return cudaErrorMemoryAllocation;
     std::memset(memory, 0xff, bytes);
@@ -597,13 +726,14 @@ cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
 
 cudaError_t cudaFreeHost(void* data) {
   return releasing_call("cudaFreeHost", [&](Runtime& r) {
+    if (const cudaError_t code = r.forbidden_by_captures(); code != cudaSuccess) return code;
     if (data == nullptr) return cudaSuccess;
     const auto found = r.pinned.find(data);
     if (found == r.pinned.end()) {
       r.violate("cudaFreeHost of what is not pinned memory");
       return cudaErrorInvalidValue;
     }
-    if (found->second.users != 0) {
+    if (*found->second.users != 0) {
       r.violate("pinned memory was freed while a copy still had to use it");
       r.schedule.force_all();
     }
@@ -615,11 +745,11 @@ cudaError_t cudaFreeHost(void* data) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-  return call("cudaMemcpy", [&](Runtime& r) {
+  return unsafe_call("cudaMemcpy", [&](Runtime& r) {
     const cudaError_t code = cuda_sim::check_direction(r, cuda_sim::device_of(r, to),
                                                        cuda_sim::device_of(r, from), kind);
     if (code != cudaSuccess) return code;
-    return cuda_sim::copy(r, to, from, bytes, &r.devices[r.current].legacy, true);
+    return cuda_sim::copy(r, to, from, bytes, r.stream(nullptr), true);
   });
 }
 
@@ -648,7 +778,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t
   return call("cudaMemsetAsync", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
     const int device = cuda_sim::device_of(r, to);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+    if (stream == nullptr) return r.stream_error;
     if (device < 0) {
       r.violate("cudaMemsetAsync of host memory");
       return cudaErrorInvalidValue;
@@ -668,7 +798,7 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-  return call("cudaStreamCreateWithFlags", [&](Runtime& r) {
+  return unsafe_call("cudaStreamCreateWithFlags", [&](Runtime& r) {
     const bool blocking = (flags & cudaStreamNonBlocking) == 0;
     *stream = r.streams.create({r.next_stream_id++, r.current, blocking, nullptr});
     if (blocking) r.devices[r.current].blocking.push_back(*stream);
@@ -678,9 +808,14 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return releasing_call("cudaStreamDestroy", [&](Runtime& r) {
+    if (const cudaError_t code = r.forbidden_by_captures(); code != cudaSuccess) return code;
     if (!r.streams.valid(stream)) {
       r.violate("a stream was destroyed twice");
       return cudaErrorInvalidResourceHandle;
+    }
+    if (Capture* const capture = stream->captured.capture.get(); capture != nullptr) {
+      capture->invalidated = true;
+      r.violate("a stream was destroyed while it was captured");
     }
     auto& device = r.devices[stream->device];
     if (stream->blocking) {
@@ -693,9 +828,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
-  return call("cudaStreamSynchronize", [&](Runtime& r) {
+  return unsafe_call("cudaStreamSynchronize", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+    if (stream == nullptr) return r.stream_error;
+    if (Capture* const capture = stream->captured.capture.get(); capture != nullptr) {
+      return Runtime::invalidate(capture, cudaErrorStreamCaptureUnsupported);
+    }
     if (handle == nullptr)
       r.enqueue(stream, cuda_sim::Operation{});  // waits for the blocking streams, too
     r.schedule.force(stream->last);
@@ -704,12 +842,36 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
-  return call("cudaStreamQuery", [&](Runtime& r) {
+  return unsafe_call("cudaStreamQuery", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+    if (stream == nullptr) return r.stream_error;
+    if (Capture* const capture = stream->captured.capture.get(); capture != nullptr) {
+      return Runtime::invalidate(capture, cudaErrorStreamCaptureUnsupported);
+    }
     return stream->last == nullptr || stream->last->done ? cudaSuccess : cudaErrorNotReady;
   });
 }
+
+namespace {
+
+/// For an event that was recorded in a capture: the stream joins it.
+cudaError_t wait_in_capture(CUstream_st& stream, const CUevent_st& event, cudaStream_t handle) {
+  Capture* const capture = event.captured.capture.get();
+  Capture* const own = stream.captured.capture.get();
+  if (capture->ended) return Runtime::invalidate(own, cudaErrorCapturedEvent);
+  if (capture->invalidated) return Runtime::invalidate(own, cudaErrorStreamCaptureInvalidated);
+  if (own != nullptr && own != capture) {
+    own->invalidated = true;
+    return Runtime::invalidate(capture, cudaErrorStreamCaptureMerge);
+  }
+  if (handle == nullptr) return Runtime::invalidate(capture, cudaErrorStreamCaptureImplicit);
+  stream.captured.capture = event.captured.capture;
+  auto& after = stream.captured.after;
+  after.insert(after.end(), event.captured.after.begin(), event.captured.after.end());
+  return cudaSuccess;
+}
+
+}  // namespace
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   return call("cudaStreamWaitEvent", [&](Runtime& r) {
@@ -718,8 +880,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
       r.violate("a destroyed event was used");
       return cudaErrorInvalidResourceHandle;
     }
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
-    if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
+    if (stream == nullptr) return r.stream_error;
+    if (event->captured.capture != nullptr) return wait_in_capture(*stream, *event, handle);
+    if (event->recorded == nullptr) return cudaSuccess;
+    if (Capture* const capture = stream->captured.capture.get(); capture != nullptr) {
+      return Runtime::invalidate(capture, cudaErrorStreamCaptureIsolation);
+    }
+    if (event->recorded->done) return cudaSuccess;
     cuda_sim::Operation wait;
     wait.after.push_back(event->recorded);
     r.enqueue(stream, std::move(wait));
@@ -729,18 +896,125 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 
 cudaError_t cudaStreamGetId(cudaStream_t handle, unsigned long long* id) {
   return call("cudaStreamGetId", [&](Runtime& r) {
-    CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+    const CUstream_st* stream = r.find_stream(handle);
+    if (stream == nullptr) return r.stream_error;
     *id = stream->id;
     return cudaSuccess;
   });
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
-  return call("cudaStreamIsCapturing", [&](Runtime& r) {
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id) {
+  return call("cudaStreamGetCaptureInfo", [&](Runtime& r) {
+    const CUstream_st* stream = r.find_stream(handle);
+    if (stream == nullptr) return r.stream_error;
+    if (handle == nullptr && r.blocking_capture(r.current) != nullptr) {
+      return cudaErrorStreamCaptureImplicit;
+    }
+    const Capture* const capture = stream->captured.capture.get();
+    *status = capture == nullptr     ? cudaStreamCaptureStatusNone
+              : capture->invalidated ? cudaStreamCaptureStatusInvalidated
+                                     : cudaStreamCaptureStatusActive;
+    if (id != nullptr && capture != nullptr) *id = capture->id;
+    return cudaSuccess;
+  });
+}
+
+/// A setting of the thread: no device is asked.
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, Runtime::thread_mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
+  return call("cudaStreamBeginCapture", [&](Runtime& r) {
+    CUstream_st* stream = r.find_stream(handle);
+    if (stream == nullptr) return r.stream_error;
+    if (handle == nullptr) return cudaErrorStreamCaptureUnsupported;
+    if (stream->captured.capture != nullptr) return cudaErrorIllegalState;
+    stream->captured = {std::make_shared<Capture>(Capture{r.next_capture_id++, mode, handle}), {}};
+    r.captures.push_back(stream->captured.capture);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+  return call("cudaStreamEndCapture", [&](Runtime& r) {
+    *graph = nullptr;
+    CUstream_st* stream = r.find_stream(handle);
+    if (stream == nullptr) return r.stream_error;
+    const std::shared_ptr<Capture> capture = stream->captured.capture;
+    if (capture == nullptr) return cudaErrorIllegalState;
+    if (capture->origin != handle) return cudaErrorStreamCaptureUnmatched;
+    if (capture->mode != cudaStreamCaptureModeRelaxed &&
+        capture->thread != std::this_thread::get_id()) {
+      return cudaErrorStreamCaptureWrongThread;
+    }
+    bool joined = true;
+    for (CUstream_st* member : r.streams_in(capture.get())) {
+      joined = joined && capture->graph.all_lead_to(member->captured.after, stream->captured.after);
+    }
+    for (CUstream_st* member : r.streams_in(capture.get())) member->captured = {};
+    std::erase(r.captures, capture);
+    capture->ended = true;
+    if (capture->invalidated) return cudaErrorStreamCaptureInvalidated;
+    if (!joined) return cudaErrorStreamCaptureUnjoined;
+    *graph = r.graphs.create({std::make_shared<const cuda_sim::Graph>(std::move(capture->graph))});
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  return unsafe_call("cudaGraphInstantiate", [&](Runtime& r) {
+    if (!r.graphs.valid(graph)) return cudaErrorInvalidValue;
+    *exec = r.execs.create({graph->graph, nullptr});
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle) {
+  return call("cudaGraphLaunch", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
-    *status = stream->captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    if (stream == nullptr) return r.stream_error;
+    if (!r.execs.valid(exec)) {
+      r.violate("a destroyed graph was launched");
+      return cudaErrorInvalidValue;
+    }
+    if (stream->captured.capture != nullptr) {
+      r.violate("a launch of a graph was captured, which is not simulated");
+      return cudaErrorStreamCaptureUnsupported;
+    }
+    cuda_sim::Operation begin;
+    if (exec->last != nullptr && !exec->last->done) begin.after.push_back(exec->last);
+    const cuda_sim::Ticket before = r.enqueue(stream, std::move(begin));
+    std::vector<cuda_sim::Ticket> nodes;
+    cuda_sim::Operation end;
+    for (const auto& node : exec->graph->nodes()) {
+      auto ticket = std::make_shared<cuda_sim::Operation>(node.operation);
+      ticket->stream = r.next_stream_id++;  // on no stream: branches go at their own pace
+      ticket->after = {before};
+      for (const std::size_t earlier : node.after) ticket->after.push_back(nodes[earlier]);
+      r.schedule.add(ticket);
+      nodes.push_back(ticket);
+      end.after.push_back(ticket);
+    }
+    exec->last = r.enqueue(stream, std::move(end));
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  return releasing_call("cudaGraphDestroy", [&](Runtime& r) {
+    if (!r.graphs.valid(graph)) return cudaErrorInvalidValue;
+    r.graphs.destroy(graph);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  return releasing_call("cudaGraphExecDestroy", [&](Runtime& r) {
+    if (!r.execs.valid(exec)) return cudaErrorInvalidValue;
+    r.execs.destroy(exec);
     return cudaSuccess;
   });
 }
@@ -753,12 +1027,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
   });
 }
 
-void cuda_sim::capture(cudaStream_t stream) { stream->captured = true; }
-
 cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
   return call("cudaLaunchHostFunc", [&](Runtime& r) {
     CUstream_st* stream = r.stream(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+    if (stream == nullptr) return r.stream_error;
     r.enqueue(stream, {[function, data] {
                 Runtime::in_host_function = true;
                 function(data);
@@ -797,19 +1069,23 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
       r.violate("a destroyed event was used");
       return cudaErrorInvalidResourceHandle;
     }
-    if (stream == nullptr || stream->device != event->device) {
-      return cudaErrorInvalidResourceHandle;
-    }
+    if (stream == nullptr) return r.stream_error;
+    if (stream->device != event->device) return cudaErrorInvalidResourceHandle;
+    event->captured = stream->captured;  // an event of a capture is a place in its graph
+    if (stream->captured.capture != nullptr) return cudaSuccess;
     event->recorded = r.enqueue(stream, cuda_sim::Operation{});
     return cudaSuccess;
   });
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return call("cudaEventQuery", [&](Runtime& r) {
+  return unsafe_call("cudaEventQuery", [&](Runtime& r) {
     if (!r.events.valid(event)) {
       r.violate("a destroyed event was used");
       return cudaErrorInvalidResourceHandle;
+    }
+    if (Capture* const capture = event->captured.capture.get(); capture != nullptr) {
+      return Runtime::invalidate(capture, cudaErrorCapturedEvent);
     }
     if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
     if (!r.schedule.chance(4)) return cudaErrorNotReady;
@@ -819,10 +1095,13 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return call("cudaEventSynchronize", [&](Runtime& r) {
+  return unsafe_call("cudaEventSynchronize", [&](Runtime& r) {
     if (!r.events.valid(event)) {
       r.violate("a destroyed event was used");
       return cudaErrorInvalidResourceHandle;
+    }
+    if (Capture* const capture = event->captured.capture.get(); capture != nullptr) {
+      return Runtime::invalidate(capture, cudaErrorCapturedEvent);
     }
     r.schedule.force(event->recorded);
     return cudaSuccess;

@@ -6,7 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda_sim.h"
@@ -356,6 +358,305 @@ TEST_F(Simulator, TheEagerPolicyRunsWorkNobodyWaitsFor) {
   float* data = device_floats();
   for (int i = 0; i < 20; ++i) fill(data, 1, stream());
   EXPECT_LT(pending(), 20u);
+}
+
+// ---- captures ----------------------------------------------------------------------------------
+
+class Captures : public Simulator {
+ protected:
+  void SetUp() override {
+    Simulator::SetUp();
+    origin_ = stream();
+    data_ = device_floats();
+    cudaMemsetAsync(data_, 0, kSize * sizeof(float), origin_);
+    cudaDeviceSynchronize();
+  }
+
+  void begin(cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal) const {
+    EXPECT_EQ(cudaSuccess, cudaStreamBeginCapture(origin_, mode));
+  }
+  cudaGraphExec_t end() const {
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    EXPECT_EQ(cudaSuccess, cudaStreamEndCapture(origin_, &graph));
+    EXPECT_EQ(cudaSuccess, cudaGraphInstantiate(&exec, graph));
+    EXPECT_EQ(cudaSuccess, cudaGraphDestroy(graph));
+    return exec;
+  }
+  /// The capture is of no use any more.
+  void expect_invalidated(cudaError_t at_the_end = cudaErrorStreamCaptureInvalidated) const {
+    cudaGraph_t graph = nullptr;
+    EXPECT_EQ(at_the_end, cudaStreamEndCapture(origin_, &graph));
+    EXPECT_EQ(nullptr, graph);
+  }
+  void increment(cudaStream_t on) const {
+    EXPECT_EQ(cudaSuccess, fusestep::detail::launch(Increment{data_, kSize}, kBlocks, on));
+  }
+  static cudaEvent_t event() {
+    cudaEvent_t made = nullptr;
+    EXPECT_EQ(cudaSuccess, cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+    return made;
+  }
+
+  cudaStream_t origin_ = nullptr;
+  float* data_ = nullptr;
+};
+
+TEST_F(Captures, NothingRunsBeforeAGraphIsLaunched) {
+  begin();
+  increment(origin_);
+  const cudaGraphExec_t graph = end();
+  EXPECT_EQ(0.0f, download(data_, origin_)[0]);
+  for (int i = 1; i <= 3; ++i) {
+    EXPECT_EQ(cudaSuccess, cudaGraphLaunch(graph, origin_));
+    EXPECT_EQ(static_cast<float>(i), download(data_, origin_)[kSize - 1]);
+  }
+  cudaGraphLaunch(graph, origin_);
+  cudaGraphExecDestroy(graph);  // what is under way goes on
+  EXPECT_EQ(4.0f, download(data_, origin_)[0]);
+  EXPECT_EQ(cudaErrorInvalidValue, cudaGraphLaunch(graph, origin_));
+  expect_violation("a destroyed graph was launched");
+}
+
+TEST_F(Captures, RunsAreOnTheStreamThatLaunchesThem) {
+  const cudaStream_t other = stream();
+  begin();
+  increment(origin_);
+  const cudaGraphExec_t graph = end();
+  fill(data_, 5, other);
+  cudaGraphLaunch(graph, other);
+  EXPECT_EQ(0.0f, download(data_, origin_)[0]);  // nobody has waited
+  EXPECT_EQ(6.0f, download(data_, other)[0]);
+}
+
+TEST_F(Captures, RunsOfOneGraphAreOneAfterTheOther) {
+  const cudaStream_t other = stream();
+  begin();
+  for (int i = 0; i < 4; ++i) increment(origin_);
+  const cudaGraphExec_t graph = end();
+  cudaGraphLaunch(graph, origin_);
+  cudaGraphLaunch(graph, other);
+  EXPECT_EQ(8.0f, download(data_, other)[0]);
+}
+
+TEST_F(Captures, StreamsThatWaitForItJoin) {
+  const cudaStream_t branch = stream();
+  const cudaEvent_t forked = event(), joined = event();
+  float* other = device_floats();
+  begin();
+  fill(data_, 1, origin_);
+  cudaEventRecord(forked, origin_);
+  cudaStreamWaitEvent(branch, forked);
+  fusestep::detail::launch(Copy{other, data_}, 1, branch);
+  cudaEventRecord(joined, branch);
+  cudaStreamWaitEvent(origin_, joined);
+  fill(data_, 2, origin_);
+  const cudaGraphExec_t graph = end();
+  cudaGraphLaunch(graph, origin_);
+  EXPECT_EQ(2.0f, download(data_, origin_)[0]);
+  EXPECT_EQ(1.0f, download(other, origin_)[0]);
+}
+
+TEST_F(Captures, BranchesAreNotOrdered) {
+  bool seen[2] = {};
+  float* other = device_floats();
+  for (std::uint64_t seed = 1; seed < 40; ++seed) {
+    const cudaStream_t branch = stream();
+    const cudaEvent_t forked = event(), joined = event();
+    begin();
+    cudaEventRecord(forked, origin_);
+    cudaStreamWaitEvent(branch, forked);
+    fill(data_, 1, branch);
+    fusestep::detail::launch(Copy{other, data_}, 1, origin_);  // does not wait for the branch
+    cudaEventRecord(joined, branch);
+    cudaStreamWaitEvent(origin_, joined);
+    const cudaGraphExec_t graph = end();
+    fill(data_, 0, origin_);
+    cudaGraphLaunch(graph, origin_);
+    seen[download(other, origin_)[0] == 1.0f ? 1 : 0] = true;
+  }
+  EXPECT_TRUE(seen[0] && seen[1]);
+}
+
+TEST_F(Captures, BranchesMustJoinAgain) {
+  const cudaStream_t branch = stream();
+  const cudaEvent_t forked = event();
+  begin();
+  cudaEventRecord(forked, origin_);
+  cudaStreamWaitEvent(branch, forked);
+  fill(data_, 1, branch);
+  expect_invalidated(cudaErrorStreamCaptureUnjoined);
+  fill(data_, 3, branch);  // both streams are free again
+  EXPECT_EQ(3.0f, download(data_, branch)[0]);
+}
+
+TEST_F(Captures, WaitingForWhatWasNotCapturedIsRefused) {
+  const cudaEvent_t outside = event();
+  begin();
+  EXPECT_EQ(cudaSuccess, cudaStreamWaitEvent(origin_, outside));  // never recorded
+  cudaGraphExecDestroy(end());
+  cudaEventRecord(outside, stream());
+  begin();
+  EXPECT_EQ(cudaErrorStreamCaptureIsolation, cudaStreamWaitEvent(origin_, outside));
+  EXPECT_EQ(cudaErrorStreamCaptureInvalidated,
+            fusestep::detail::launch(Increment{data_, kSize}, kBlocks, origin_));
+  expect_invalidated();
+}
+
+TEST_F(Captures, EventsOfACaptureMeanNothingOutsideOfIt) {
+  const cudaEvent_t inside = event();
+  begin(cudaStreamCaptureModeRelaxed);
+  cudaEventRecord(inside, origin_);
+  EXPECT_EQ(cudaErrorCapturedEvent, cudaEventQuery(inside));
+  expect_invalidated();
+  EXPECT_EQ(cudaErrorCapturedEvent, cudaEventSynchronize(inside));
+  EXPECT_EQ(cudaErrorCapturedEvent, cudaStreamWaitEvent(origin_, inside));
+  cudaEventRecord(inside, origin_);  // recorded outside, it is an ordinary one
+  EXPECT_EQ(cudaSuccess, cudaEventSynchronize(inside));
+}
+
+TEST_F(Captures, DoNotMerge) {
+  const cudaStream_t other = stream();
+  const cudaEvent_t inside = event();
+  begin();
+  cudaEventRecord(inside, origin_);
+  cudaStreamBeginCapture(other, cudaStreamCaptureModeGlobal);
+  EXPECT_EQ(cudaErrorStreamCaptureMerge, cudaStreamWaitEvent(other, inside));
+  expect_invalidated();
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaErrorStreamCaptureInvalidated, cudaStreamEndCapture(other, &graph));
+}
+
+TEST_F(Captures, EndWhereTheyBegan) {
+  const cudaStream_t branch = stream();
+  const cudaEvent_t forked = event();
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaErrorIllegalState, cudaStreamEndCapture(origin_, &graph));
+  EXPECT_EQ(cudaErrorStreamCaptureUnsupported,
+            cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal));
+  begin();
+  EXPECT_EQ(cudaErrorIllegalState, cudaStreamBeginCapture(origin_, cudaStreamCaptureModeGlobal));
+  cudaEventRecord(forked, origin_);
+  cudaStreamWaitEvent(branch, forked);
+  EXPECT_EQ(cudaErrorStreamCaptureUnmatched, cudaStreamEndCapture(branch, &graph));
+  cudaGraphExecDestroy(end());
+}
+
+TEST_F(Captures, WaitingForTheStreamOrTheDeviceInvalidates) {
+  const std::function<cudaError_t()> calls[] = {
+      [&] { return cudaStreamSynchronize(origin_); },
+      [&] { return cudaStreamQuery(origin_); },
+      [] { return cudaDeviceSynchronize(); },
+  };
+  for (const auto& call : calls) {
+    begin(cudaStreamCaptureModeRelaxed);
+    EXPECT_EQ(cudaErrorStreamCaptureUnsupported, call());
+    expect_invalidated();
+  }
+}
+
+TEST_F(Captures, UnsafeCallsAreUpToTheModes) {
+  const cudaEvent_t outside = event();
+  cudaEventRecord(outside, stream());
+  void* memory = nullptr;
+  const std::function<cudaError_t()> calls[] = {
+      [&] {
+        const cudaError_t code = cudaEventQuery(outside);
+        return code == cudaErrorNotReady ? cudaSuccess : code;
+      },
+      [&] { return cudaEventSynchronize(outside); },
+      [&] { return cudaMalloc(&memory, 4); },
+      [&] { return cudaHostAlloc(&memory, 4, 0); },
+      [&] { return cudaFreeHost(memory); },
+  };
+  for (const auto& call : calls) {
+    begin();
+    EXPECT_EQ(cudaErrorStreamCaptureUnsupported, call());
+    expect_invalidated();
+    begin(cudaStreamCaptureModeRelaxed);
+    EXPECT_EQ(cudaSuccess, call());
+    cudaGraphExecDestroy(end());
+    begin();
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    EXPECT_EQ(&call == &calls[4] ? cudaErrorInvalidValue : cudaSuccess, call());
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaGraphExecDestroy(end());
+  }
+  static_cast<void>(take_violations());  // memory that was freed already
+}
+
+TEST_F(Captures, OfOtherThreadsMatterIfBothAreGlobal) {
+  for (const auto mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal}) {
+    begin(mode);
+    cudaError_t code = cudaSuccess, ending = cudaSuccess;
+    std::thread other([&] {
+      void* memory = nullptr;
+      cudaGraph_t graph = nullptr;
+      ending = cudaStreamEndCapture(origin_, &graph);
+      code = cudaMalloc(&memory, 4);
+    });
+    other.join();
+    EXPECT_EQ(cudaErrorStreamCaptureWrongThread, ending);
+    const bool global = mode == cudaStreamCaptureModeGlobal;
+    EXPECT_EQ(global ? cudaErrorStreamCaptureUnsupported : cudaSuccess, code);
+    if (global) expect_invalidated();
+    if (!global) cudaGraphExecDestroy(end());
+  }
+}
+
+TEST_F(Captures, TheDefaultStreamCannotWaitForThem) {
+  origin_ = stream(cudaStreamDefault);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  begin();
+  EXPECT_EQ(cudaErrorStreamCaptureImplicit, cudaStreamGetCaptureInfo(nullptr, &status));
+  cudaGraphExecDestroy(end());  // to ask does no harm
+  begin();
+  EXPECT_EQ(cudaErrorStreamCaptureImplicit, cudaMemsetAsync(data_, 0, 4, nullptr));
+  expect_invalidated();
+}
+
+TEST_F(Captures, SayWhichTheyAre) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long first = 0, second = 0;
+  begin();
+  cudaStreamGetCaptureInfo(origin_, &status, &first);
+  EXPECT_EQ(cudaStreamCaptureStatusActive, status);
+  cudaStreamSynchronize(origin_);
+  cudaStreamGetCaptureInfo(origin_, &status, &first);
+  EXPECT_EQ(cudaStreamCaptureStatusInvalidated, status);
+  expect_invalidated();
+  cudaStreamGetCaptureInfo(origin_, &status, &first);
+  EXPECT_EQ(cudaStreamCaptureStatusNone, status);
+  begin();
+  cudaStreamGetCaptureInfo(origin_, &status, &second);
+  EXPECT_NE(first, second);
+  cudaGraphExecDestroy(end());
+}
+
+TEST_F(Captures, AllocationsInThemAreFound) {
+  begin();
+  void* memory = nullptr;
+  EXPECT_EQ(cudaErrorStreamCaptureUnsupported, cudaMallocAsync(&memory, 4, origin_));
+  expect_violation("an allocation was captured");
+  EXPECT_EQ(cudaErrorStreamCaptureUnsupported, cudaFreeAsync(data_, origin_));
+  expect_violation("a free was captured");
+  cudaGraphExecDestroy(end());
+}
+
+TEST_F(Captures, MemoryFreedUnderAGraphIsFound) {
+  float* pinned = nullptr;
+  cudaHostAlloc(&pinned, kSize * sizeof(float), 0);
+  begin();
+  cudaMemsetAsync(data_, 0, 4, origin_);
+  cudaMemcpyAsync(data_, pinned, 4, cudaMemcpyHostToDevice, origin_);
+  const cudaGraphExec_t graph = end();
+  cudaFreeHost(pinned);
+  expect_violation("pinned memory was freed");
+  cudaFree(data_);
+  cudaGraphLaunch(graph, origin_);
+  cudaStreamSynchronize(origin_);
+  expect_violation("outside an allocation");
 }
 
 }  // namespace

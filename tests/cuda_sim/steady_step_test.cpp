@@ -24,7 +24,7 @@ void expect_nothing_but_launches(std::int64_t launches) {
   EXPECT_EQ(launches, cuda_sim::calls("cudaLaunchKernel")) << cuda_sim::call_list();
   const std::int64_t marks =
       cuda_sim::calls("cudaEventRecord") + cuda_sim::calls("cudaStreamGetId") +
-      cuda_sim::calls("cudaStreamWaitEvent") + cuda_sim::calls("cudaStreamIsCapturing") +
+      cuda_sim::calls("cudaStreamWaitEvent") + cuda_sim::calls("cudaStreamGetCaptureInfo") +
       cuda_sim::calls("cudaGetDevice") + cuda_sim::calls("cudaSetDevice");
   EXPECT_EQ(launches + marks, cuda_sim::calls()) << cuda_sim::call_list();
 }
@@ -109,20 +109,21 @@ TEST(SteadyStep, NothingRunsUntilSomebodyWaits) {
   twins.expect_equal_values("at the end");
 }
 
-TEST(Capture, IsRefusedAndChangesNothing) {
+TEST(Capture, AsksForNothingButLaunches) {
   Twins twins(all_variants());
   cudaStream_t captured = nullptr;
-  ASSERT_EQ(cudaStreamCreate(&captured), cudaSuccess);
-  cuda_sim::capture(captured);
+  ASSERT_EQ(cudaStreamCreateWithFlags(&captured, cudaStreamNonBlocking), cudaSuccess);
   const Stream streams[] = {{Device::cuda(), captured}};
-  for (int i = 0; i < 2; ++i) {  // before the first step, and in a steady state
-    cuda_sim::forget_calls();
-    EXPECT_THROW(twins.cuda.step({.max_grad_norm = 1.0, .streams = streams}), InvalidArgument);
-    EXPECT_EQ(0, cuda_sim::calls("cudaLaunchKernel")) << cuda_sim::call_list();
-    EXPECT_EQ(0, cuda_sim::calls("cudaMallocAsync")) << cuda_sim::call_list();
-    twins.step({.max_grad_norm = 1.0});
-    twins.expect_equal_values("after a refused step");
-  }
+  twins.step({.max_grad_norm = 1.0});
+  ASSERT_EQ(cudaStreamBeginCapture(captured, cudaStreamCaptureModeGlobal), cudaSuccess);
+  cuda_sim::forget_calls();
+  twins.cuda.step({.max_grad_norm = 1.0, .streams = streams});
+  expect_nothing_but_launches(2 + 1 + 8);
+  EXPECT_EQ(0, cuda_sim::calls("cudaStreamWaitEvent")) << cuda_sim::call_list();
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaStreamEndCapture(captured, &graph), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  twins.expect_equal_values("nothing has run");
   EXPECT_EQ(cudaStreamDestroy(captured), cudaSuccess);
 }
 

@@ -37,9 +37,9 @@ def _simulate(path):
     core = _load("fusestep._core", path)
     step = core.TorchStepper.step
 
-    def synchronised_step(self, found_inf):
+    def synchronised_step(self, *arguments):
         try:
-            step(self, found_inf)
+            step(self, *arguments)
         finally:
             if _is_synchronised:
                 synchronize()

@@ -26,6 +26,11 @@ class Backend {
   virtual int chunk_size(int layout) const = 0;
   virtual int vector_width(int layout) const = 0;
 
+  /// The CUDA graph that the stream is being captured into; 0 if it is not.
+  virtual unsigned long long capture_of(void*) { return 0; }
+  /// A step was captured: it may run at any time from now on.
+  virtual bool in_graphs() const { return false; }
+
   /// Memory for state, zeroed in stream order. Throws OutOfMemory.
   virtual void* allocate(std::size_t bytes, void* stream) = 0;
   virtual void deallocate(void* data, std::size_t bytes, void* stream) noexcept = 0;
@@ -58,6 +63,8 @@ class Backend {
 
   /// prepare, then apply for every bucket.
   virtual void run(const StepRequest& request, void* stream) = 0;
+  /// Control::grad_norm of the last run, to memory of this device; no waiting here.
+  virtual void copy_grad_norm(double* to, void* stream) = 0;
 
   /// These wait for the device.
   virtual StepState read_state(int index) = 0;

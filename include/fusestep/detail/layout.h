@@ -4,6 +4,8 @@
 // The closed table of layouts: the dtypes of (parameter, gradient, slots, master weight).
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -92,21 +94,37 @@ template <class L>
 inline constexpr LayoutKey key_of{dtype_of<typename L::Value>, dtype_of<typename L::Grad>,
                                   dtype_of<typename L::Slot>, L::kHasMaster, L::kExtra};
 
-/// Position in `Layouts`, or nothing.
+/// A number for every key there could be.
+constexpr std::size_t packed(const LayoutKey& key) {
+  std::size_t number = static_cast<std::size_t>(key.value);
+  number = number * 4 + static_cast<std::size_t>(key.grad);
+  number = number * 4 + static_cast<std::size_t>(key.slot);
+  number = number * 2 + (key.master ? 1 : 0);
+  return number * 3 + static_cast<std::size_t>(key.extra);
+}
+inline constexpr std::size_t kLayoutKeys = 4 * 4 * 4 * 2 * 3;
+
+inline constexpr auto kLayoutOfKey = [] {
+  std::array<std::int8_t, kLayoutKeys> layouts{};
+  for (std::int8_t& layout : layouts) layout = -1;
+  Layouts::for_each([&]<int kIndex, class L>() { layouts[packed(key_of<L>)] = kIndex; });
+  return layouts;
+}();
+
+/// Position in `Layouts`, or nothing. Asked for every tensor of a step.
 constexpr std::optional<int> find_layout(const LayoutKey& wanted) {
-  std::optional<int> found;
-  Layouts::for_each([&]<int kIndex, class L>() {
-    if (key_of<L> == wanted) found = kIndex;
-  });
-  return found;
+  const int found = kLayoutOfKey[packed(wanted)];
+  return found < 0 ? std::nullopt : std::optional<int>(found);
 }
 
-constexpr LayoutKey key_at(int layout) {
-  LayoutKey result{};
-  Layouts::for_each([&]<int kIndex, class L>() {
-    if (kIndex == layout) result = key_of<L>;
-  });
-  return result;
+inline constexpr auto kKeyOfLayout = [] {
+  std::array<LayoutKey, kLayouts> keys{};
+  Layouts::for_each([&]<int kIndex, class L>() { keys[kIndex] = key_of<L>; });
+  return keys;
+}();
+
+constexpr const LayoutKey& key_at(int layout) {
+  return kKeyOfLayout[static_cast<std::size_t>(layout)];
 }
 
 /// "bfloat16 with gradients of float32, slots of bfloat16 and master weights".

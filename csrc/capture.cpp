@@ -1,0 +1,138 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A step that is captured into a CUDA graph: it runs later, any number of times, and what it lacks
+// then nobody can bring it.
+#include <algorithm>
+
+#include "engine.h"
+
+namespace fusestep::detail {
+namespace {
+
+constexpr const char* kStepFirst = "make one step outside of the capture first";
+constexpr const char* kStepAlikeFirst =
+    "make one step with the same options outside of the capture first";
+
+}  // namespace
+
+void Engine::refuse_capture(const std::string& why, const std::string& what_to_do) {
+  throw InvalidArgument("the step cannot be captured into a CUDA graph: " + why + "; " +
+                        what_to_do);
+}
+
+void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams) {
+  if (!is_captured(streams)) return;
+  throw InvalidArgument(std::string(call) +
+                        " cannot be captured into a CUDA graph: call it outside of the capture");
+}
+
+/// The first parameter that steps there; null if there is none.
+const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
+  const auto found =
+      std::find_if(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
+        return parameter.steps() && parameter.value.device == device.device;
+      });
+  return found == parameters_.end() ? nullptr : &*found;
+}
+
+/// Whether the streams of all devices that step are captured, into one graph.
+bool Engine::is_captured(std::span<const Stream> streams) {
+  const auto capture_of = [&](const DeviceRecord& device) {
+    return device.backend->capture_of(stream_of(streams, device.device));
+  };
+  const DeviceRecord* captured = nullptr;
+  on_device([&] {
+    for (const auto& device : devices_) {
+      if (captured == nullptr && capture_of(*device) != 0) captured = device.get();
+    }
+  });
+  if (captured == nullptr) return false;
+  for (const auto& device : devices_) {
+    const ParameterRecord* parameter = stepping_on(*device);
+    if (parameter == nullptr) continue;
+    if (!device->device.is_cuda()) {
+      refuse_capture(where(*parameter) + " lives on the CPU",
+                     "freeze it, or step it with another optimizer");
+    }
+    if (capture_of(*device) == capture_of(*captured)) continue;
+    refuse_capture(where(*parameter) + " lives on " + to_string(device->device) +
+                       ", whose stream is not captured into the graph that " +
+                       to_string(captured->device) + "'s is",
+                   "let it wait for an event that was recorded on the captured stream first");
+  }
+  return true;
+}
+
+/// Everything a step would wait for, allocate or bring to a device, gradients that have moved
+/// apart; and what only the host can decide.
+void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with_norm) const {
+  if (options.skip) {
+    refuse_capture("skip is decided by the host, once for all runs of the graph",
+                   "use skip_source");
+  }
+  for (const ParameterRecord& parameter : parameters_) {
+    if (parameter.frozen || parameter.grad.present || parameter.may_lack_grad) continue;
+    refuse_capture(where(parameter) + " has no gradient", "set one, or freeze the parameter");
+  }
+  for (const auto& device : devices_) {
+    if (stepping_on(*device) != nullptr) refuse_what_is_pending(*device, options, with_norm);
+  }
+  const auto refuse_foreign = [&](const char* name, const TensorView& source) {
+    if (!source.present) return;
+    for (const ParameterRecord& parameter : parameters_) {
+      if (!parameter.steps() || parameter.value.device == source.device) continue;
+      refuse_capture(std::string(name) + " lives on " + to_string(source.device) + ", and " +
+                         where(parameter) + " on " + to_string(parameter.value.device),
+                     "only a scalar of the same device can be read when the graph runs");
+    }
+  };
+  refuse_foreign("loss_scale_source", options.loss_scale_source);
+  refuse_foreign("skip_source", options.skip_source);
+  refuse_foreign("grad_multiplier_source", options.grad_multiplier_source);
+}
+
+void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
+                                    bool with_norm) const {
+  for (const ParameterRecord& parameter : parameters_) {
+    if (parameter.value.device != device.device || !parameter.steps()) continue;
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
+      if (parameter.find_slot(kind.name) != nullptr) continue;
+      refuse_capture(where(parameter) + " has no slot '" + std::string(kind.name) + "' yet",
+                     kStepFirst);
+    }
+    if (parameter.state >= device.staged_states) {
+      refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
+    }
+    if (device.given_states.count(parameter.state) != 0) {
+      refuse_capture("the step count of " + where(parameter) + " was set and is not on " +
+                         to_string(device.device) + " yet",
+                     "call sync_hyper() first");
+    }
+  }
+  if (device.hypers_changed) {
+    const auto changed = std::find_if(groups_.begin(), groups_.end(),
+                                      [](const auto& group) { return group.settings_changed; });
+    refuse_capture("settings of group '" + changed->name + "' have changed and are not on " +
+                       to_string(device.device) + " yet",
+                   "call sync_hyper() first");
+  }
+  if (device.members_changed) {
+    refuse_capture("which parameters step on " + to_string(device.device) +
+                       ", or where their values and slots lie, has changed since the last step",
+                   kStepFirst);
+  }
+  if (device.stores_grads != options.store_unscaled_grads) {
+    refuse_capture("store_unscaled_grads is not as in the last step", kStepAlikeFirst);
+  }
+  const bool norm_is_ready =
+      device.norm_blocks_staged && device.staged_norm_parts >= static_cast<int>(devices_.size());
+  if (with_norm && !norm_is_ready) {
+    refuse_capture(
+        "it is the first that needs the norm of the gradients on " + to_string(device.device),
+        "make one step with the same options outside of the capture first");
+  }
+}
+
+}  // namespace fusestep::detail
