@@ -16,6 +16,7 @@ add_library(fusestep
   csrc/groups.cpp
   csrc/hyper.cpp
   csrc/names.cpp
+  csrc/norm_halves.cpp
   csrc/optimizer.cpp
   csrc/plan.cpp
   csrc/schedule.cpp

@@ -106,6 +106,10 @@ void Optimizer::sync_hyper(std::span<const Stream> streams) { engine_->sync_hype
 GradNorm Optimizer::grad_norm(std::span<const Stream> streams) {
   return engine_->grad_norm(streams);
 }
+TensorView Optimizer::norm_begin(Device device, std::span<const Stream> streams) {
+  return engine_->norm_begin(device, streams);
+}
+void Optimizer::norm_end() { engine_->norm_end(); }
 GradNorm Optimizer::last_grad_norm() const { return engine_->last_grad_norm(); }
 std::int64_t Optimizer::skipped_steps() const { return engine_->skipped_steps(); }
 std::map<std::string, std::size_t> Optimizer::memory_report() const {

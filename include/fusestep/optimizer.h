@@ -247,6 +247,17 @@ class FUSESTEP_API Optimizer {
   /// device.
   std::int64_t skipped_steps() const;
 
+  /// The norm where several processes have parts of the parameters, in two halves with a sum over
+  /// the processes between them. norm_begin() sums over the gradients here that would step now and
+  /// gives two float64: the sum of squares, and how many elements are infinite or NaN. They are in
+  /// memory of `device`, in the order of its stream, and nobody waits for it; on the CPU they are
+  /// there, and for gradients on a GPU it waits. The caller adds those of all processes to them in
+  /// place (an all-reduce) and calls norm_end(): the next step clips and skips by what they are
+  /// when its stream gets there, so that all processes decide alike. Until then gradients and who
+  /// steps must stay.
+  TensorView norm_begin(Device device = Device::cpu(), std::span<const Stream> streams = {});
+  void norm_end();
+
   /// Bytes of state by slot name; what was bound with bind_slot is not counted.
   std::map<std::string, std::size_t> memory_report() const;
 

@@ -4,9 +4,12 @@
 // Several processes that train together: each has parts of the parameters, they save together, and
 // any number of them goes on. Every element is computed alone, so bits do not depend on the cuts.
 #include <gmock/gmock.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cmath>
 #include <csignal>
 #include <fstream>
 #include <functional>
@@ -545,6 +548,151 @@ TEST(Ranks, ABadIndexIsRefused) {
     }
     EXPECT_EQ("", difference(model.everything(), before));
   }
+}
+
+// ---- the norm in two halves ---------------------------------------------------------------------
+
+/// A sum over processes, in memory they share.
+class Sums {
+ public:
+  explicit Sums(int world) : world_(world) {
+    place_ = static_cast<Place*>(
+        mmap(nullptr, sizeof(Place), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    new (place_) Place;
+  }
+  ~Sums() { munmap(place_, sizeof(Place)); }
+  Sums(const Sums&) = delete;
+  Sums& operator=(const Sums&) = delete;
+  void all_reduce(int rank, double* sums) {
+    double* mine = place_->of[rank];
+    std::copy(sums, sums + 2, mine);
+    meet();
+    std::fill(sums, sums + 2, 0.0);
+    for (int other = 0; other < world_; ++other) {
+      for (int i = 0; i < 2; ++i) sums[i] += place_->of[other][i];
+    }
+    meet();
+  }
+
+ private:
+  struct Place {
+    double of[8][2];
+    std::atomic<int> arrived{0};
+  };
+  void meet() {
+    const int now = place_->arrived.fetch_add(1);
+    const int all = (now / world_ + 1) * world_;
+    while (place_->arrived.load() < all) usleep(10);
+  }
+  int world_;
+  Place* place_;
+};
+
+/// Multiples of 1/4: their squares add up exactly, in any order, so the norm has the same bits.
+double simple_number(std::uint64_t seed, std::uint64_t i) {
+  return static_cast<double>(static_cast<int>(hash(seed, i) % 17) - 8) / 4;
+}
+
+TEST(NormHalves, AllRanksClipAndSkipAlike) {
+  constexpr int steps = 6;
+  constexpr std::int64_t elements = 10'000;
+  const auto grad = [](int step, std::uint64_t i) {
+    if (step == 3 && i == 9'999) return HUGE_VAL;  // on the last rank
+    return simple_number(static_cast<std::uint64_t>(step), i);
+  };
+  const StepOptions options{.max_grad_norm = 3.0, .skip_nonfinite = true};
+  for (const int world : {2, 4}) {
+    Array whole(DType::kFloat32, elements), whole_grad(DType::kFloat32, elements);
+    whole.fill_numbers(1);
+    Optimizer one;
+    one.add_group("g", AdamHyper{.lr = 0.5}, {{"w", whole.view(), whole_grad.view()}});
+    double norms[steps];
+    for (int step = 0; step < steps; ++step) {
+      whole_grad.fill([&](std::uint64_t i) { return grad(step, i); });
+      one.step(options);
+      norms[step] = one.last_grad_norm().norm;
+    }
+    EXPECT_EQ(one.skipped_steps(), 1);
+    for (const Divide& divide : {Divide(evenly), Divide(anyhow)}) {
+      Sums sums(world);
+      Cuts cuts = divide(elements, world);
+      cuts[1] = 0;  // the first has nothing
+      EXPECT_TRUE(on_ranks(world, [&](int rank) {
+        const auto begin = static_cast<std::uint64_t>(cuts[static_cast<std::size_t>(rank)]);
+        const std::int64_t count =
+            cuts[static_cast<std::size_t>(rank) + 1] - cuts[static_cast<std::size_t>(rank)];
+        Array value(DType::kFloat32, count), value_grad(DType::kFloat32, count);
+        value.fill([&](std::uint64_t i) { return number(1, begin + i); });
+        Optimizer optimizer;
+        optimizer.add_group("g", AdamHyper{.lr = 0.5},
+                            {{"w", value.view(), value_grad.view(),
+                              Shard{static_cast<std::int64_t>(begin), {elements}}}});
+        for (int step = 0; step < steps; ++step) {
+          value_grad.fill([&](std::uint64_t i) { return grad(step, begin + i); });
+          const TensorView half = optimizer.norm_begin();
+          sums.all_reduce(rank, static_cast<double*>(half.data));
+          optimizer.norm_end();
+          optimizer.step(options);
+          EXPECT_EQ(optimizer.last_grad_norm().norm, norms[step]) << step;
+        }
+        EXPECT_EQ(optimizer.skipped_steps(), 1);
+        EXPECT_EQ(optimizer.state("w").step(), steps - 1);
+        EXPECT_EQ(
+            count == 0 ? 0 : std::memcmp(value.data(), whole.data() + begin * 4, value.bytes()), 0);
+      })) << world;
+    }
+  }
+}
+
+TEST(NormHalves, InTheirOrder) {
+  std::vector<float> value = {1, 2}, grad = {3, 4};
+  Optimizer optimizer;
+  optimizer.add_group("g", SgdHyper{.lr = 1.0},
+                      {{"w", view(value.data(), {2}), view(grad.data(), {2})}});
+  const auto problem = [&](const std::function<void()>& work) -> std::string {
+    try {
+      work();
+      return "";
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+  };
+  const auto sums = [&] { return static_cast<double*>(optimizer.norm_begin().data); };
+  EXPECT_EQ(problem([&] { optimizer.norm_end(); }),
+            "norm_end() without norm_begin() since the last step");
+  EXPECT_EQ(sums()[0], 25.0);
+  EXPECT_EQ(problem([&] { optimizer.step(); }), "step: norm_begin() waits for norm_end()");
+  EXPECT_EQ(problem([&] { optimizer.step({.skip = true}); }),
+            "step: norm_begin() waits for norm_end()");
+  EXPECT_EQ(value, (std::vector<float>{1, 2}));
+  sums()[0] = 100.0;  // again, which is a beginning
+  optimizer.norm_end();
+  EXPECT_EQ(problem([&] { optimizer.norm_end(); }),
+            "norm_end() without norm_begin() since the last step");
+  EXPECT_EQ(optimizer.grad_norm().norm, 5.0);  // of this process
+  optimizer.step({.max_grad_norm = 5.0});
+  EXPECT_EQ(optimizer.last_grad_norm().norm, 10.0);
+  EXPECT_NEAR(value[0], 1 - 1.5, 1e-5);
+  // It holds for one step, whatever that was.
+  optimizer.step({.max_grad_norm = 5.0});
+  EXPECT_EQ(optimizer.last_grad_norm().norm, 5.0);
+  sums()[0] = 400.0;
+  optimizer.norm_end();
+  optimizer.step();  // which does not need it
+  EXPECT_EQ(optimizer.last_grad_norm().norm, 20.0);
+  sums()[1] = 1.0;
+  optimizer.norm_end();
+  optimizer.step({.skip = true});
+  optimizer.step({.skip_nonfinite = true});
+  EXPECT_EQ(optimizer.last_grad_norm().nonfinite, 0);
+  // A step that is refused leaves it for the next one.
+  sums()[1] = 1.0;
+  optimizer.norm_end();
+  EXPECT_NE(problem([&] { optimizer.step({.max_grad_norm = -1}); }), "");
+  const std::vector<float> before = value;
+  optimizer.step({.skip_nonfinite = true});
+  EXPECT_EQ(value, before);
+  EXPECT_EQ(optimizer.skipped_steps(), 2);
 }
 
 // ---- shards that are none -----------------------------------------------------------------------
