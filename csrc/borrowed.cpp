@@ -3,6 +3,7 @@
 #include "borrowed.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/rule_list.h"
@@ -120,37 +121,70 @@ void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
       last = std::max(last, turn);
     }
   }
-  passes_.resize(static_cast<std::size_t>(last) + 1);
+  const auto passes = static_cast<std::size_t>(last) + 1;
+  for (; passes_.size() > passes; passes_.pop_back()) {
+    if (passes_.back().in_graphs()) of_graphs_.push_back(std::move(passes_.back()));
+  }
+  passes_.resize(passes);
+}
+
+void BorrowedOptimizer::sync_hyper(std::span<const BorrowedGroup> groups,
+                                   std::span<const Stream> streams) {
+  for (BorrowedPass& pass : passes_) pass.sync_hyper(groups, streams);
+  for (BorrowedPass& pass : of_graphs_) pass.sync_hyper(groups, streams);
 }
 
 void BorrowedPass::step(std::span<const BorrowedGroup> groups,
                         std::span<const BorrowedTensor> tensors, const StepOptions& options) {
-  if (engine_ != nullptr) engine_->refuse_if_broken();
+  if (now_.engine != nullptr) now_.engine->refuse_if_broken();
   if (!same_tensors(groups, tensors)) {
+    if (now_.engine != nullptr) now_.engine->refuse_others_in_capture(options.streams);
     rebuild(groups, tensors);
   } else {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       if (tensors[i] == tensors_[i]) continue;
-      engine_->rebind(static_cast<int>(i), tensors[i]);
+      now_.engine->rebind(static_cast<int>(i), tensors[i]);
       tensors_[i] = tensors[i];
     }
-    for (std::size_t i = 0; i < groups.size(); ++i) {
-      BorrowedGroup& known = groups_[i];
-      const TensorView &before = known.lr_source, &now = groups[i].lr_source;
-      if (groups[i].hyper == known.hyper && now.data == before.data && now.dtype == before.dtype) {
-        continue;
-      }
-      engine_->reset(static_cast<int>(i), groups[i]);
-      known = groups[i];
-    }
+    now_.reset_changed(groups);
   }
-  engine_->step(options);
+  now_.engine->step(options);
+}
+
+/// Groups are known by their position; one whose rule has become another is left alone.
+void BorrowedPass::Known::reset_changed(std::span<const BorrowedGroup> now) {
+  for (std::size_t i = 0; i < std::min(now.size(), groups.size()); ++i) {
+    BorrowedGroup& known = groups[i];
+    if (find_rule(now[i].hyper) != find_rule(known.hyper)) continue;
+    const TensorView &before = known.lr_source, &after = now[i].lr_source;
+    if (now[i].hyper == known.hyper && after.data == before.data && after.dtype == before.dtype) {
+      continue;
+    }
+    engine->reset(static_cast<int>(i), now[i]);
+    known.hyper = now[i].hyper;
+    known.lr_source = now[i].lr_source;
+  }
+}
+
+void BorrowedPass::sync_hyper(std::span<const BorrowedGroup> groups,
+                              std::span<const Stream> streams) {
+  const auto sync = [&](Known& known) {
+    if (known.engine == nullptr) return;
+    known.reset_changed(groups);
+    known.engine->sync_hyper(streams);
+  };
+  sync(now_);
+  for (Known& known : of_graphs_) sync(known);
+}
+
+bool BorrowedPass::in_graphs() const {
+  return !of_graphs_.empty() || (now_.engine != nullptr && now_.engine->in_graphs());
 }
 
 /// What a rebind cannot change: how many there are, and the kind of each.
 bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
-  if (engine_ == nullptr) return false;
+  if (now_.engine == nullptr) return false;
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
     return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding && a.seed == b.seed;
   };
@@ -160,7 +194,8 @@ bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
             (a.slot_dtype == b.slot_dtype && a.grad_dtype == b.grad_dtype &&
              (a.master == nullptr) == (b.master == nullptr)));
   };
-  return std::equal(groups.begin(), groups.end(), groups_.begin(), groups_.end(), same_group) &&
+  return std::equal(groups.begin(), groups.end(), now_.groups.begin(), now_.groups.end(),
+                    same_group) &&
          std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(), same_tensor);
 }
 
@@ -168,18 +203,25 @@ void BorrowedPass::rebuild(std::span<const BorrowedGroup> groups,
                            std::span<const BorrowedTensor> tensors) {
   auto engine = std::make_unique<Engine>(OptimizerOptions{});
   engine->borrow(groups, tensors);
-  if (engine_ != nullptr) skipped_before_ += engine_->skipped_steps();
-  groups_.assign(groups.begin(), groups.end());
+  const bool goes = now_.engine != nullptr && !now_.engine->in_graphs();
+  const std::int64_t skipped = goes ? now_.engine->skipped_steps() : 0;
+  Known known{std::move(engine), {groups.begin(), groups.end()}};
+  of_graphs_.reserve(of_graphs_.size() + 1);
   tensors_.assign(tensors.begin(), tensors.end());
-  engine_ = std::move(engine);
+  std::swap(now_, known);
+  skipped_before_ += skipped;
+  if (known.engine != nullptr && !goes) of_graphs_.push_back(std::move(known));
 }
 
 bool BorrowedPass::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
-  return engine_ != nullptr && engine_->copy_grad_norm(to, streams);
+  return now_.engine != nullptr && now_.engine->copy_grad_norm(to, streams);
 }
 
 std::int64_t BorrowedPass::skipped_steps() {
-  return skipped_before_ + (engine_ == nullptr ? 0 : engine_->skipped_steps());
+  std::int64_t skipped = skipped_before_;
+  if (now_.engine != nullptr) skipped += now_.engine->skipped_steps();
+  for (const Known& known : of_graphs_) skipped += known.engine->skipped_steps();
+  return skipped;
 }
 
 void Engine::borrow(std::span<const BorrowedGroup> groups,

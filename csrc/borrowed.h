@@ -48,20 +48,30 @@ class BorrowedPass {
  public:
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// Settings of the groups that were there at the last step, brought to the devices.
+  void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
+  bool in_graphs() const;
 
   bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   /// Waits for the devices.
   std::int64_t skipped_steps();
 
  private:
+  /// An engine, and what it was told last of its groups.
+  struct Known {
+    std::unique_ptr<Engine> engine;
+    std::vector<BorrowedGroup> groups;
+
+    void reset_changed(std::span<const BorrowedGroup> now);
+  };
   bool same_tensors(std::span<const BorrowedGroup> groups,
                     std::span<const BorrowedTensor> tensors) const;
   void rebuild(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors);
 
-  std::unique_ptr<Engine> engine_;
-  std::vector<BorrowedGroup> groups_;
+  Known now_;
   std::vector<BorrowedTensor> tensors_;
-  std::int64_t skipped_before_ = 0;  // by engines that were replaced
+  std::vector<Known> of_graphs_;     // engines of other tensors, whose steps graphs still make
+  std::int64_t skipped_before_ = 0;  // by engines that are gone
 };
 
 class BorrowedOptimizer {
@@ -70,6 +80,8 @@ class BorrowedOptimizer {
   /// without. Tensors that share memory step one after the other, in their order.
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// Brings changed settings to the devices, for graphs that run after it.
+  void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
   /// Whether tensors share memory: each pass then has a norm of its own, and options that need one
   /// are not for them.
   bool takes_turns(std::span<const BorrowedTensor> tensors) {
@@ -102,10 +114,11 @@ class BorrowedOptimizer {
   bool grads_overlap(std::span<const BorrowedTensor> tensors);
 
   std::vector<BorrowedPass> passes_ = std::vector<BorrowedPass>(1);
-  std::vector<Memory> memory_;  // of every tensor of the last step
-  std::vector<int> turns_;      // the pass of every tensor; empty: one for all
-  std::vector<Memory> grads_;   // of the last question
-  bool grads_overlap_ = false;  // its answer
+  std::vector<BorrowedPass> of_graphs_;  // passes of other tensors
+  std::vector<Memory> memory_;           // of every tensor of the last step
+  std::vector<int> turns_;               // the pass of every tensor; empty: one for all
+  std::vector<Memory> grads_;            // of the last question
+  bool grads_overlap_ = false;           // its answer
   std::int64_t steps_ = 0;
 };
 

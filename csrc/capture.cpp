@@ -14,11 +14,20 @@ constexpr const char* kStepFirst = "make one step outside of the capture first";
 constexpr const char* kStepAlikeFirst =
     "make one step with the same options outside of the capture first";
 
+unsigned long long capture_of(const DeviceRecord& device, std::span<const Stream> streams) {
+  return device.backend->capture_of(stream_of(streams, device.device));
+}
+
 }  // namespace
 
 void Engine::refuse_capture(const std::string& why, const std::string& what_to_do) {
   throw InvalidArgument("the step cannot be captured into a CUDA graph: " + why + "; " +
                         what_to_do);
+}
+
+bool Engine::in_graphs() const {
+  return std::any_of(devices_.begin(), devices_.end(),
+                     [](const auto& device) { return device->backend->in_graphs(); });
 }
 
 void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams) {
@@ -36,17 +45,27 @@ const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
   return found == parameters_.end() ? nullptr : &*found;
 }
 
-/// Whether the streams of all devices that step are captured, into one graph.
-bool Engine::is_captured(std::span<const Stream> streams) {
-  const auto capture_of = [&](const DeviceRecord& device) {
-    return device.backend->capture_of(stream_of(streams, device.device));
-  };
+/// The first whose stream is captured; null if none is.
+const DeviceRecord* Engine::captured_device(std::span<const Stream> streams) {
   const DeviceRecord* captured = nullptr;
   on_device([&] {
     for (const auto& device : devices_) {
-      if (captured == nullptr && capture_of(*device) != 0) captured = device.get();
+      if (captured != nullptr) return;
+      if (capture_of(*device, streams) != 0) captured = device.get();
     }
   });
+  return captured;
+}
+
+void Engine::refuse_others_in_capture(std::span<const Stream> streams) {
+  if (captured_device(streams) == nullptr) return;
+  refuse_capture("its parameters, or their dtypes or rules, are not those of the last step",
+                 kStepFirst);
+}
+
+/// Whether the streams of all devices that step are captured, into one graph.
+bool Engine::is_captured(std::span<const Stream> streams) {
+  const DeviceRecord* const captured = captured_device(streams);
   if (captured == nullptr) return false;
   for (const auto& device : devices_) {
     const ParameterRecord* parameter = stepping_on(*device);
@@ -55,7 +74,7 @@ bool Engine::is_captured(std::span<const Stream> streams) {
       refuse_capture(where(*parameter) + " lives on the CPU",
                      "freeze it, or step it with another optimizer");
     }
-    if (capture_of(*device) == capture_of(*captured)) continue;
+    if (capture_of(*device, streams) == capture_of(*captured, streams)) continue;
     refuse_capture(where(*parameter) + " lives on " + to_string(device->device) +
                        ", whose stream is not captured into the graph that " +
                        to_string(captured->device) + "'s is",
@@ -109,6 +128,14 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
     if (parameter.state >= device.staged_states) {
       refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
     }
+  }
+  if (device.members_changed) {
+    refuse_capture("which parameters step on " + to_string(device.device) +
+                       ", or where their values and slots lie, has changed since the last step",
+                   kStepFirst);
+  }
+  for (const ParameterRecord& parameter : parameters_) {
+    if (parameter.value.device != device.device || !parameter.steps()) continue;
     if (device.given_states.count(parameter.state) != 0) {
       refuse_capture("the step count of " + where(parameter) + " was set and is not on " +
                          to_string(device.device) + " yet",
@@ -118,14 +145,11 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
   if (device.hypers_changed) {
     const auto changed = std::find_if(groups_.begin(), groups_.end(),
                                       [](const auto& group) { return group.settings_changed; });
-    refuse_capture("settings of group '" + changed->name + "' have changed and are not on " +
-                       to_string(device.device) + " yet",
-                   "call sync_hyper() first");
-  }
-  if (device.members_changed) {
-    refuse_capture("which parameters step on " + to_string(device.device) +
-                       ", or where their values and slots lie, has changed since the last step",
-                   kStepFirst);
+    const std::string whose =
+        changed == groups_.end() ? "" : " of group '" + changed->name + "'";  // as after a load
+    refuse_capture(
+        "settings" + whose + " have changed and are not on " + to_string(device.device) + " yet",
+        "call sync_hyper() first");
   }
   if (device.stores_grads != options.store_unscaled_grads) {
     refuse_capture("store_unscaled_grads is not as in the last step", kStepAlikeFirst);

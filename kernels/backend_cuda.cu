@@ -288,7 +288,7 @@ class CudaBackend final : public Backend {
   }
 
   void copy_grad_norm(double* to, void* stream) override {
-    Work work(*this, stream);
+    Work work(*this, stream, Captured::kToo);
     cuda_check(cudaMemcpyAsync(to, &control_.data()->grad_norm, sizeof *to,
                                cudaMemcpyDeviceToDevice, work.stream()),
                device_, "copying the gradient norm");

@@ -146,6 +146,14 @@ void bind_array_optimizer(py::module_& m) {
           },
           py::arg("skip"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
           py::arg("skip_nonfinite"), py::arg("streams"))
+      .def(
+          "sync_hyper",
+          [](Optimizer& self, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const py::gil_scoped_release release;
+            self.sync_hyper(streams);
+          },
+          py::arg("streams"))
       .def("last_grad_norm", [](Optimizer& self) { return self.last_grad_norm().norm; })
       .def("skipped_steps", &Optimizer::skipped_steps)
       .def("memory_report", &Optimizer::memory_report)
@@ -229,6 +237,7 @@ PYBIND11_MODULE(_core, m) {
       .def("step", &TorchStepper::step, py::arg("found_inf"), py::arg("loss_scale"),
            py::arg("store_unscaled_grads"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
            py::arg("clip_value"), py::arg("skip_nonfinite"))
+      .def("sync_hyper", &TorchStepper::sync_hyper, py::arg("groups"))
       .def("copy_grad_norm", &TorchStepper::copy_grad_norm, py::arg("to"))
       .def("skipped_steps", &TorchStepper::skipped_steps)
       .def_property_readonly("written", &TorchStepper::written)

@@ -280,6 +280,15 @@ void TorchStepper::rest(std::int32_t group, PyObject* value) {
   tensors_.push_back(tensor);
 }
 
+void TorchStepper::take_settings(const py::object& group) {
+  if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
+  groups_.push_back(read_group(group.ptr()));
+  const bool lr_on_device = groups_.back().lr_source.present;
+  lr_tensors_.push_back(lr_on_device
+                            ? py::reinterpret_borrow<py::object>(item(group.ptr(), keys().lr))
+                            : py::object());
+}
+
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
                               const py::object& dtensor, bool writes_grads) {
   dtensor_ = dtensor;
@@ -294,12 +303,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   py::list unready;
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const py::object group = groups[i];
-    if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
-    groups_.push_back(read_group(group.ptr()));
-    const bool lr_on_device = groups_.back().lr_source.present;
-    lr_tensors_.push_back(lr_on_device
-                              ? py::reinterpret_borrow<py::object>(item(group.ptr(), keys().lr))
-                              : py::object());
+    take_settings(group);
     const detail::SlotNames names =
         detail::rule_info(detail::find_rule(groups_.back().hyper)).slots;
     Group kind{PyObject_IsTrue(item(group.ptr(), keys().differentiable)) == 1, {}};
@@ -344,12 +348,36 @@ bool TorchStepper::add(int group, const py::object& value, const py::object& gra
 /// A learning rate on one device for parameters on another is read here.
 void TorchStepper::read_foreign_lr() {
   for (const detail::BorrowedTensor& tensor : tensors_) {
+    if (static_cast<std::size_t>(tensor.group) >= groups_.size()) continue;  // it is gone
     detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
     if (!group.lr_source.present || group.lr_source.device == tensor.device) continue;
     const double lr = number(lr_tensors_[static_cast<std::size_t>(tensor.group)].ptr());
     std::visit([&](auto& hyper) { hyper.lr = lr; }, group.hyper);
     group.lr_source = {};
   }
+}
+
+/// torch's current one.
+void TorchStepper::add_stream(Device device, std::vector<Stream>& streams) const {
+  const auto known = [&](const Stream& stream) { return stream.device == device; };
+  if (!device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) return;
+  streams.emplace_back(device, reader_.current_stream(device));
+}
+
+std::vector<Stream> TorchStepper::streams_of_tensors() const {
+  std::vector<Stream> streams;
+  for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device, streams);
+  return streams;
+}
+
+void TorchStepper::sync_hyper(const py::list& groups) {
+  groups_.clear();
+  lr_tensors_.clear();
+  for (const py::handle group : groups) take_settings(py::reinterpret_borrow<py::object>(group));
+  read_foreign_lr();
+  const std::vector<Stream> streams = streams_of_tensors();
+  const py::gil_scoped_release release;
+  optimizer_.sync_hyper(groups_, streams);
 }
 
 TensorView TorchStepper::scalar(const char* name, const py::object& tensor) const {
@@ -383,16 +411,10 @@ void TorchStepper::step(const py::object& found_inf, const py::object& loss_scal
     }
   }
   read_foreign_lr();
-  std::vector<Stream> streams;
-  const auto add_stream = [&](Device device) {
-    const auto known = [&](const Stream& stream) { return stream.device == device; };
-    if (!device.is_cuda() || std::any_of(streams.begin(), streams.end(), known)) return;
-    streams.emplace_back(device, reader_.current_stream(device));
-  };
-  for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device);
+  std::vector<Stream> streams = streams_of_tensors();
   for (const TensorView* source :
        {&options.skip_source, &options.loss_scale_source, &options.grad_multiplier_source}) {
-    if (source->present) add_stream(source->device);
+    if (source->present) add_stream(source->device, streams);
   }
   options.streams = streams;
   stepped_ = taken_;

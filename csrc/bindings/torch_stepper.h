@@ -51,6 +51,9 @@ class TorchStepper {
   bool copy_grad_norm(const pybind11::object& to);
   std::int64_t skipped_steps();
 
+  /// Brings settings that have changed since the last step to the devices, for graphs.
+  void sync_hyper(const pybind11::list& groups);
+
   /// Tensors whose values the step writes: what autograd has to be told of.
   const pybind11::list& written() const { return written_; }
 
@@ -72,11 +75,14 @@ class TorchStepper {
   bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
+  void take_settings(const pybind11::object& group);
   void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
   void note_written(PyObject* tensor);
   TensorView scalar(const char* name, const pybind11::object& tensor) const;
   void read_foreign_lr();
+  void add_stream(Device device, std::vector<Stream>& streams) const;
+  std::vector<Stream> streams_of_tensors() const;
 
   std::string rule_;
   TensorReader reader_;

@@ -445,8 +445,7 @@ void EngineLoader::commit(Metadata& metadata) noexcept {
 
 /// No step comes before the next run of a graph, to bring it what was loaded.
 void EngineLoader::bring_to_graphs() {
-  const auto in_graphs = [](const auto& device) { return device->backend->in_graphs(); };
-  if (std::none_of(engine_.devices_.begin(), engine_.devices_.end(), in_graphs)) return;
+  if (!engine_.in_graphs()) return;
   engine_.on_device([&] {
     try {
       engine_.sync_hyper(options_.streams);

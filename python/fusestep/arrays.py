@@ -97,6 +97,10 @@ class Optimizer:
         """Changes hyperparameters of a group from the next step on."""
         self._core.set_hyper(str(group), self.rule, changed)
 
+    def sync_hyper(self) -> None:
+        """Brings hyperparameters that have changed to the devices, for CUDA graphs that run after it."""
+        self._core.sync_hyper(_streams(self._devices))
+
     def hyper(self, group: str | int = "0") -> dict[str, Any]:
         """The hyperparameters of a group."""
         return self._core.hyper(str(group))

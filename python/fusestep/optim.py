@@ -18,6 +18,7 @@ import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from . import _core
+from ._core import InvalidArgument
 from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .freezing import Freezable, freeze, thaw
@@ -73,14 +74,24 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
+
+        While torch.cuda.graph captures, nothing is stepped: each replay is a step, with the settings that
+        `sync_hyper` or a step outside of graphs brought last, of the parameters that have a gradient now.
         """
+        capturing = _capturing()
+        if "capturable" in self.defaults and (capturing or self.param_groups[0]["capturable"]):
+            _check_capturable(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if capturing:
+            self._refuse_missing_gradients()
         found_inf, loss_scale = whole(getattr(self, "found_inf", None)), scalar_of(getattr(self, "grad_scale", None))
         stores = loss_scale is not None and not self.keep_scaled_grads
         unready = self._stepper.gather(self.param_groups, self.state, dtensor_class(), stores)
+        if unready and capturing:
+            self._refuse_unready(unready)
         if unready:
             self._step_with_unready(unready, found_inf, loss_scale)
             return loss
@@ -94,6 +105,29 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 norm = CommonNorm(pairs, loss_scale)
         self._run(found_inf, loss_scale, stores, norm)
         return loss
+
+    def sync_hyper(self):
+        """Brings `lr` and other settings that have changed to the devices, for graphs replayed after it.
+
+        A step outside of graphs does it by itself, and a tensor `lr` on the device is read there.
+        """
+        self._stepper.sync_hyper(self.param_groups)
+
+    def _refuse_missing_gradients(self):
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None and p.requires_grad:
+                    raise _no_capture(self, p, index, "has no gradient; compute one, or freeze the parameter")
+
+    def _refuse_unready(self, unready):
+        index, p = unready[0]
+        group, state = self.param_groups[index], self.state.get(p, {})
+        why = _why_torch(p, state, group)
+        if why is not None:
+            raise _no_capture(self, p, index, f"is left to torch's own step, as one {why}")
+        if any(state.get(name) is None for name in self._state_names(group)):
+            raise _no_capture(self, p, index, "has no state yet; make one step outside of the capture first")
+        raise _no_capture(self, p, index, "or its gradient or state is laid out so that the step must copy it")
 
     def _measures(self):
         return self.max_grad_norm is not None or self.skip_nonfinite
@@ -291,6 +325,29 @@ class RMSprop(_FusedStep, torch.optim.RMSprop):
         if group["momentum"] > 0:
             names += ("momentum_buffer",)
         return names + (("grad_avg",) if group["centered"] else ())
+
+
+# ---- CUDA graphs -------------------------------------------------------------------------------
+
+
+def _capturing():
+    """Whether the current stream is captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_capturable(optimizer):
+    """torch's own check, under its name in this version of torch."""
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        check = getattr(optimizer, name, None)
+        if check is not None:
+            return check()
+
+
+def _no_capture(optimizer, p, index, why):
+    names = optimizer.param_groups[index].get("param_names")
+    position = next(i for i, member in enumerate(optimizer.param_groups[index]["params"]) if member is p)
+    name = f"'{names[position]}'" if names else str(position)
+    return InvalidArgument(f"the step cannot be captured into a CUDA graph: parameter {name} of group {index} {why}")
 
 
 # ---- state -------------------------------------------------------------------------------------

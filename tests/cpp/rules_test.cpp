@@ -244,7 +244,14 @@ TEST_P(EveryRule, ThousandStepsFreely) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, EveryRule,
+/// One setting per kernel in the layouts that torch does not have.
+class EveryLayout : public EveryRule {};
+
+TEST_P(EveryLayout, ShortRun) { single_steps({0, 1, 7, 8, 15, 16, 17, 33}, 20); }
+
+TEST_P(EveryLayout, LargeTensors) { single_steps({4097, 70'001}, 2); }
+
+INSTANTIATE_TEST_SUITE_P(Layouts, EveryLayout,
                          ::testing::Combine(::testing::ValuesIn(variant_cases()),
                                             ::testing::ValuesIn(further_layout_cases())),
                          [](const auto& info) {

@@ -52,9 +52,12 @@ TEST(StateOnTheDevice, CapturedStreamIsRefused) {
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Stream view{Device::cuda(), static_cast<void*>(stream)};
   const StateDict state = twins.cpu.state_dict();
-  cuda_sim::capture(stream);
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   EXPECT_THROW(twins.cuda.load_state_dict(state, {&view, 1}), InvalidArgument);
   EXPECT_THROW(twins.cuda.state_dict({&view, 1}), InvalidArgument);
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphDestroy(graph));
   twins.step();
   twins.expect_equal("after it");
 }

@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SUITES = ["test_cuda.py", "test_parity.py", "test_stories.py", "test_threads_memory.py"]
+SUITES = ["test_cuda.py", "test_graphs.py", "test_parity.py", "test_stories.py", "test_threads_memory.py"]
 MISSING = 77
 
 

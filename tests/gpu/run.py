@@ -32,6 +32,7 @@ PARTS = [
     ("norm", 30, "cuda_gpu_norm", []),
     ("behaviour", 30, "cuda_gpu_behaviour", []),
     ("streams", 30, "cuda_gpu_streams", []),
+    ("graphs", 60, "cuda_gpu_graphs", []),
     ("limits", 60, "gpu_limits_test", []),
     ("python", 300, "python_tests.py", []),
 ]

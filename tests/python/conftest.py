@@ -29,6 +29,15 @@ def name(request):
     return request.param
 
 
+@pytest.fixture
+def cupy(monkeypatch):
+    if device.SIMULATED:
+        import simulated_cupy
+
+        return simulated_cupy.install(monkeypatch)
+    return pytest.importorskip("cupy")
+
+
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     """Every test sees the warnings that a process shows once."""

@@ -44,7 +44,17 @@ def _simulate(path):
             if _is_synchronised:
                 synchronize()
 
+    copy_grad_norm = core.TorchStepper.copy_grad_norm
+
+    def synchronised_copy(self, to):
+        try:
+            return copy_grad_norm(self, beside(self.written[0], to) if self.written else to)
+        finally:
+            if _is_synchronised:
+                synchronize()
+
     core.TorchStepper.step = synchronised_step
+    core.TorchStepper.copy_grad_norm = synchronised_copy
     return _load("_cuda_sim", path)
 
 
@@ -161,3 +171,40 @@ def later(function, index=None):
     with torch.cuda.device(index):
         torch.cuda._sleep(50_000_000)
         function()
+
+
+# ---- graphs ------------------------------------------------------------------------------------
+
+
+class _SimulatedGraph:
+    def __init__(self, handle, index):
+        self._handle, self._index = handle, index
+
+    def replay(self):
+        sim.launch(self._index, self._handle)
+        if _is_synchronised:
+            synchronize()
+
+
+def capture(function, index=None):
+    """A graph of what the function enqueues; `replay` runs it on the current stream.
+
+    A simulated device captures what is ours alone: torch's operations run at once.
+    """
+    index = home() if index is None else index
+    if not SIMULATED:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(index), torch.cuda.graph(graph):
+            function()
+        return graph
+    import fusestep.optim
+
+    capturing, fusestep.optim._capturing = fusestep.optim._capturing, lambda: True
+    with unsynchronised():
+        sim.begin_capture(index)
+        try:
+            function()
+        finally:
+            fusestep.optim._capturing = capturing
+            handle = sim.end_capture(index)
+    return _SimulatedGraph(handle, index)

@@ -37,6 +37,20 @@ class Stream:
     def __exit__(self, *_):
         sim.set_stream(self._device, self._before)
 
+    def begin_capture(self):
+        sim.begin_capture(self._device)
+
+    def end_capture(self):
+        return _Graph(self._device, sim.end_capture(self._device))
+
+
+class _Graph:
+    def __init__(self, device, handle):
+        self._device, self._handle = device, handle
+
+    def launch(self):
+        sim.launch(self._device, self._handle)
+
 
 class _Allocation:
     def __init__(self, size):

@@ -28,6 +28,7 @@ std::map<const void*, Device> placed;  // by the address of a tensor's first ele
 Device home = Device::cuda(0);         // of every other tensor
 std::array<cudaStream_t, cuda_sim::kDevices> current{};
 std::vector<cudaStream_t> streams;
+std::vector<cudaGraphExec_t> graphs;
 std::vector<std::string> failures;  // of enqueued functions
 
 void check(cudaError_t code) {
@@ -89,6 +90,7 @@ void make_current_streams() {
 /// A fresh start where nothing of earlier tests is left; else what is left stays as it is.
 void reset(std::uint64_t seed, int policy, int home_device) {
   cuda_sim::clear_faults();
+  for (const cudaGraphExec_t graph : std::exchange(graphs, {})) check(cudaGraphExecDestroy(graph));
   for (const cudaStream_t stream : std::exchange(streams, {})) check(cudaStreamDestroy(stream));
   cuda_sim::reseed(seed, static_cast<cuda_sim::Policy>(policy));
   if (cuda_sim::live() == cuda_sim::Live{}) {
@@ -105,6 +107,7 @@ void reset(std::uint64_t seed, int policy, int home_device) {
 void replace_devices() {
   cuda_sim::reset(1, cuda_sim::Policy::kLate);
   streams.clear();
+  graphs.clear();
   make_current_streams();
 }
 
@@ -124,6 +127,24 @@ void run_enqueued(void* data) {
 
 void enqueue(int device, py::object function) {
   check(cudaLaunchHostFunc(current_of(device), run_enqueued, function.release().ptr()));
+}
+
+void begin_capture(int device) {
+  check(cudaStreamBeginCapture(current_of(device), cudaStreamCaptureModeGlobal));
+}
+
+std::uintptr_t end_capture(int device) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(current_of(device), &graph));
+  cudaGraphExec_t exec = nullptr;
+  check(cudaGraphInstantiate(&exec, graph));
+  check(cudaGraphDestroy(graph));
+  graphs.push_back(exec);
+  return reinterpret_cast<std::uintptr_t>(exec);
+}
+
+void launch(int device, std::uintptr_t graph) {
+  check(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(graph), current_of(device)));
 }
 
 std::vector<std::string> take_violations() {
@@ -202,6 +223,9 @@ PYBIND11_MODULE(_cuda_sim, m) {
       "stream", [](int device) { return reinterpret_cast<std::uintptr_t>(current_of(device)); },
       py::arg("device"));
   m.def("enqueue", enqueue, py::arg("device"), py::arg("function"));
+  m.def("begin_capture", begin_capture, py::arg("device"));
+  m.def("end_capture", end_capture, py::arg("device"));
+  m.def("launch", launch, py::arg("device"), py::arg("graph"), without_gil);
   m.def("forget_calls", cuda_sim::forget_calls);
   m.def("calls", py::overload_cast<const std::string&>(cuda_sim::calls), py::arg("name"));
   m.def("allocate", allocate, py::arg("device"), py::arg("bytes"));

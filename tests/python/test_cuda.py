@@ -330,15 +330,6 @@ def test_a_failed_device_ends_the_optimizer():
 # ---- arrays ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    if device.SIMULATED:
-        import simulated_cupy
-
-        return simulated_cupy.install(monkeypatch)
-    return pytest.importorskip("cupy")
-
-
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=two_devices)])
 @pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64, numpy.float16])
 def test_cupy_arrays_on_the_current_stream(cupy, name, dtype, index):

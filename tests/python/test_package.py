@@ -118,7 +118,7 @@ def public_things():
         if not name.startswith("_"):
             yield f"fusestep.Optimizer.{name}", value
     own = ("step", "state_dict", "load_state_dict", "save", "save_async", "wait_for_save", "load")
-    for name in (*own, "freeze", "thaw", "summary"):
+    for name in (*own, "sync_hyper", "freeze", "thaw", "summary"):
         yield f"fusestep.optim.Adam.{name}", getattr(fusestep.optim.Adam, name)
     yield "fusestep.History.record", fusestep.History.record
 
