@@ -83,8 +83,8 @@ Json to_json(const Shard& shard) {
 Shard shard_from_json(const Json& json, const std::vector<std::int64_t>& shape,
                       const std::string& where) {
   if (!json.is_object()) throw InvalidArgument(where + " must be an object");
-  const Shard shard{as<std::int64_t>(json.value("offset", Json()), where + ": offset", "a number"),
-                    shape_from_json(json.value("whole_shape", Json()), where + ": whole_shape")};
+  Shard shard{as<std::int64_t>(json.value("offset", Json()), where + ": offset", "a number"),
+              shape_from_json(json.value("whole_shape", Json()), where + ": whole_shape")};
   const std::int64_t whole = elements_of(shard.whole_shape), here = elements_of(shape);
   if (shard.offset >= 0 && here <= whole && shard.offset <= whole - here) return shard;
   throw InvalidArgument(where + ": " + std::to_string(here) + " elements at " +

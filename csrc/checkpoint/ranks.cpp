@@ -263,7 +263,7 @@ RankIndex rank_index_from_json(const Json& json) {
   for (const RankFile& file : index.files) {
     // It stands beside the index, wherever that is.
     const bool is_name = std::filesystem::path(file.name).filename() == file.name;
-    if (is_name && file.name != "" && file.name != "." && file.name != "..") continue;
+    if (is_name && !file.name.empty() && file.name != "." && file.name != "..") continue;
     throw InvalidArgument(std::string(kRanksKey) + ": " + in_quotes(file.name) + " is no name");
   }
   return index;
