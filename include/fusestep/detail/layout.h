@@ -105,8 +105,8 @@ constexpr std::size_t packed(const LayoutKey& key) {
 inline constexpr std::size_t kLayoutKeys = 4 * 4 * 4 * 2 * 3;
 
 inline constexpr auto kLayoutOfKey = [] {
-  std::array<std::int8_t, kLayoutKeys> layouts{};
-  for (std::int8_t& layout : layouts) layout = -1;
+  std::array<std::int16_t, kLayoutKeys> layouts{};
+  for (std::int16_t& layout : layouts) layout = -1;
   Layouts::for_each([&]<int kIndex, class L>() { layouts[packed(key_of<L>)] = kIndex; });
   return layouts;
 }();
