@@ -30,8 +30,8 @@ RUNS = {
     "bf16, float32 state, master weights": (BF16, {"state_dtype": F32, "master_weights": True}),
 }
 OPTIMIZERS = {
-    "Adam, lr 1e-3": (fusestep.optim.Adam, {"lr": 1e-3}),
-    "SGD, lr 2e-3, momentum 0.5": (fusestep.optim.SGD, {"lr": 2e-3, "momentum": 0.5}),
+    "Adam, lr 1e-4": (fusestep.optim.Adam, {"lr": 1e-4}),
+    "SGD, lr 3e-4, momentum 0.5": (fusestep.optim.SGD, {"lr": 3e-4, "momentum": 0.5}),
 }
 
 
