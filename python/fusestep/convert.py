@@ -116,7 +116,7 @@ def _state_dict(held):
     for group in held.description:
         indices = list(range(index, index + len(group["params"])))
         for parameter in group["params"]:
-            own = _state_of(held, index, parameter, group["rule"])
+            own = _state_of(held, index, parameter, group)
             if own:
                 states[index] = own
             index += 1
@@ -129,16 +129,19 @@ def _settings_of(group):
     """With what torch's class adds, in its order."""
     where = f"group '{group['name']}'"
     saved = {key: state.decode(value, f"{where}: {key}", _make_tensor) for key, value in group["hyper"].items()}
+    if isinstance(saved.get("state_dtype"), str):
+        saved["state_dtype"] = dtype_named(saved["state_dtype"])
     defaults = getattr(torch.optim, group["rule"])([torch.zeros(())]).defaults
     named = {} if group["name"].isdecimal() else {"name": group["name"]}
     return {**defaults, **saved, **named}
 
 
-def _state_of(held, index, parameter, rule):
+def _state_of(held, index, parameter, group):
     tensors = {slot: held.tensor(index, slot) for slot in parameter["slots"] if slot != "value"}
     if parameter["dtype"].startswith("complex"):
         tensors = {slot: torch.view_as_complex(tensor) for slot, tensor in tensors.items()}
-    if rule == "SGD" or not tensors:
+    stochastic = group["hyper"].get("rounding") == "stochastic"
+    if not stochastic and (group["rule"] == "SGD" or not tensors):
         return tensors
     step = state.decode(parameter.get("step", 0.0), "step", _make_tensor)
     return {"step": torch.tensor(float(step)), **tensors}

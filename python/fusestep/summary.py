@@ -24,7 +24,7 @@ from .tables import (
 
 # Slots of torch's optimizers that are shaped like their parameter; Adafactor's, for one, are not.
 _SHAPED_SLOTS = frozenset(
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
+    ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
     + ("acc_delta", "sum", "prev", "step_size", "ax")
 )
 _COLUMNS = ("params", "param_names", "lr", "weight_decay")

@@ -13,6 +13,7 @@ import torch
 import device
 import fusestep
 import support
+from fusestep.convert import convert
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = ((33, 7), (5,), (4100,))
@@ -289,6 +290,14 @@ def by_dict_by_name(optimizer, fresh, _):
     return fresh
 
 
+def by_conversion(optimizer, fresh, folder):
+    """From a file of fusestep to one of torch.save."""
+    optimizer.save(folder / "state.safetensors")
+    convert(str(folder / "state.safetensors"), str(folder / "state.pt"))
+    fresh.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    return fresh
+
+
 def by_copy(optimizer, *_):
     return copy.deepcopy(optimizer)
 
@@ -297,7 +306,7 @@ def by_pickle(optimizer, *_):
     return pickle.loads(pickle.dumps(optimizer))
 
 
-@pytest.mark.parametrize("way", [by_dict, by_torch_file, by_file, by_dict_by_name, by_copy, by_pickle])
+@pytest.mark.parametrize("way", [by_dict, by_torch_file, by_file, by_dict_by_name, by_conversion, by_copy, by_pickle])
 @pytest.mark.parametrize("layout", EVERY)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resumed_run_is_the_uninterrupted_one(rule, layout, way, tmp_path):
