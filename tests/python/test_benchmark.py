@@ -283,7 +283,7 @@ def test_bytes_per_element():
     assert cases.bytes_per_element("adam", "bfloat16") == 14
     assert cases.bytes_per_element("adam", "float64") == 56
     assert cases.bytes_per_element("adam", "float32", "clip") == 32
-    assert cases.bytes_per_element("adam", "bfloat16", "scaler") == 16
+    assert cases.bytes_per_element("adam", "bfloat16", "scaler") == 18
     assert cases.bytes_per_element("adam", "float32", "zero_grad") == 4
     assert cases.bytes_per_element("amsgrad", "float32", "save") == 12
     assert cases.Case("adam", "float32", "tiny10k", 8).bytes == 280_000_000

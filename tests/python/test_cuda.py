@@ -145,6 +145,25 @@ def test_a_steady_step_waits_for_nothing(name):
     del kept
 
 
+@pytest.mark.only_on("cuda_sim", reason="counts calls of the runtime")
+def test_a_clipped_steady_step_waits_for_nothing(name):
+    """Two launches more, for the norm; handing it out is a copy on the device."""
+    mine = on_home(name, max_grad_norm=0.5, skip_nonfinite=True)
+    train(mine, 3)
+    mine.grad_scale, mine.found_inf = scalar(2.0, device.home()), scalar(0.0, device.home())
+    mine.step()
+    with device.unsynchronised():
+        device.sim.forget_calls()
+        mine.step()
+        stepped = {key: device.sim.calls(f"cuda{key}") for key in ("LaunchKernel", "MemcpyAsync", "MallocAsync")}
+        norm = mine.grad_norm
+        copied = device.sim.calls("cudaMemcpyAsync")
+        waits = [device.sim.calls(f"cuda{key}Synchronize") for key in ("Stream", "Event", "Device")]
+    assert stepped == {"LaunchKernel": 4, "MemcpyAsync": 0, "MallocAsync": 0}
+    assert copied == 1 and waits == [0, 0, 0]
+    assert float(norm) > 0
+
+
 # ---- scalars on the device ---------------------------------------------------------------------
 
 

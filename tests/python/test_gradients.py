@@ -403,6 +403,29 @@ def test_tied_parameters_have_one_norm(steps):
     support.stepped_by_us(mine, steps=2 * steps)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_found_inf_and_what_is_found_here(tied):
+    """Either skips; GradScaler may have looked before the gradients changed."""
+    value = torch.zeros(6)
+    parameters = [torch.nn.Parameter(value[:4]), torch.nn.Parameter(value[2:] if tied else torch.zeros(4))]
+    for p, view in zip(parameters[: 1 + tied], (value[:4], value[2:]), strict=False):
+        p.data = view
+    mine = fusestep.optim.SGD(parameters, lr=1.0, skip_nonfinite=True, keep_scaled_grads=True)
+    skipped = 0
+    for found_inf in (0.0, 1.0):
+        for bad in (False, True):
+            for p in parameters:
+                p.grad = torch.ones(4)
+            parameters[1].grad[3] = math.nan if bad else 1.0
+            before = [p.detach().clone() for p in parameters]
+            mine.grad_scale, mine.found_inf = scalar(1.0), scalar(found_inf)
+            mine.step()
+            skips = bad or found_inf != 0
+            skipped += skips
+            assert all(torch.equal(p, b) == skips for p, b in zip(parameters, before, strict=True))
+    assert mine.skipped_steps == skipped == 3
+
+
 def strided(shape):
     whole = torch.zeros(*shape[:-1], 2 * shape[-1])
     return torch.nn.Parameter(whole[..., ::2])

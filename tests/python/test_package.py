@@ -118,7 +118,8 @@ def public_things():
         if not name.startswith("_"):
             yield f"fusestep.Optimizer.{name}", value
     own = ("step", "state_dict", "load_state_dict", "save", "save_async", "wait_for_save", "load")
-    for name in (*own, "sync_hyper", "freeze", "thaw", "summary"):
+    more = ("sync_hyper", "freeze", "thaw", "summary", "refresh_master_weights", "grad_norm", "skipped_steps")
+    for name in (*own, *more):
         yield f"fusestep.optim.Adam.{name}", getattr(fusestep.optim.Adam, name)
     yield "fusestep.History.record", fusestep.History.record
 
@@ -157,6 +158,11 @@ def code_blocks(page="python.md"):
 @pytest.mark.parametrize("index", range(len(code_blocks())))
 def test_documentation_runs(index):
     run("-W", "error", "-c", code_blocks()[index], cwd=ROOT)
+
+
+@pytest.mark.parametrize("index", range(len(code_blocks("mixed_precision.md"))))
+def test_mixed_precision_page_runs(index):
+    run("-W", "error", "-c", code_blocks("mixed_precision.md")[index], cwd=ROOT)
 
 
 def test_finetuning_page_runs(tmp_path):

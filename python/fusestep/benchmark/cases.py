@@ -93,11 +93,12 @@ def bytes_per_element(rule: str, dtype: str, operation: str = "step") -> int:
     """That must be moved: the parameter and each slot read and written, the gradient read.
 
     Clipping and GradScaler must have read all gradients before the first parameter may change: once more.
+    GradScaler leaves them divided: written as well.
     """
     slots = len(RULES[rule].slots)
     accesses = 3 + 2 * slots
     if operation in ("clip", "scaler"):
-        accesses += 1
+        accesses += 1 if operation == "clip" else 2
     elif operation == "zero_grad":
         accesses = 1
     elif operation in STATE_OPERATIONS:

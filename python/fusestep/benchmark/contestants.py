@@ -179,6 +179,9 @@ def _step(optimizer, workload, label):
 
 
 def _clip_and_step(optimizer, workload, label):
+    if label == OURS:
+        optimizer.max_grad_norm = workload.max_norm
+        return optimizer.step
     foreach = label != "torch for-loop"
 
     def call():
