@@ -1,6 +1,6 @@
 # Copyright 2026 The fusestep authors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks: processes of this machine, joined by gloo."""
+"""Runs a function on several ranks: processes of this machine, joined by gloo or NCCL."""
 
 import faulthandler
 import multiprocessing
@@ -21,7 +21,7 @@ PRELOAD = [
 ]
 
 
-def run(world, function, *arguments, timeout=120):
+def run(world, function, *arguments, timeout=120, backend="gloo"):
     """The results of `function(rank, *arguments)` on every rank. The function is one of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -31,7 +31,16 @@ def run(world, function, *arguments, timeout=120):
         started = []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            arguments_of_rank = (sender, rank, world, os.path.join(folder, "store"), function, arguments, timeout)
+            arguments_of_rank = (
+                sender,
+                rank,
+                world,
+                os.path.join(folder, "store"),
+                function,
+                arguments,
+                timeout,
+                backend,
+            )
             process = context.Process(target=_run_rank, args=arguments_of_rank, daemon=True)
             process.start()
             sender.close()
@@ -62,14 +71,14 @@ def _results(started, deadline):
     return results
 
 
-def _run_rank(sender, rank, world, store, function, arguments, timeout):
+def _run_rank(sender, rank, world, store, function, arguments, timeout, backend):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(timeout - 5)  # where a collective waits for ever
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
         result = function(rank, *arguments)
         dist.barrier()
         dist.destroy_process_group()

@@ -84,16 +84,16 @@ def optimizer_over(rule, named, cls=None, **more):
 
 
 def train(model, optimizer, part=slice(None), begin=0, end=STEPS, before_step=lambda: None, shape=(8, 6)):
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
     for step in range(begin, end):
-        model(batch(step, dtype, shape)[part]).square().mean().backward()
+        model(batch(step, like.dtype, shape)[part].to(like.device)).square().mean().backward()
         before_step()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
 def numbers(named, optimizer):
@@ -218,6 +218,30 @@ def run_fsdp(rank):
 @pytest.mark.parametrize("world", [2, 4])
 def test_fully_shard(world):
     ranks.run(world, run_fsdp)
+
+
+def run_fsdp_policies(rank):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for rule in rules():
+        for options in {"mp_policy": bfloat16}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}:
+            # Not compare(): in 16 bits a run of one process is near and not more.
+            model = sharded(Net(), **options)
+            named = named_trainable(model)
+            optimizer, shadow = optimizer_over(rule, named), Shadow(rule, named)
+            train(model, optimizer, part_of(rank), before_step=shadow.step)
+            shadow.assert_equal(optimizer)
+            assert_engine_stepped(optimizer, 4)
+            result = model(batch(STEPS, torch.float32)[part_of(rank)])
+            assert result.dtype == (torch.bfloat16 if "mp_policy" in options else torch.float32)
+            assert {p.dtype for p in named.values()} == {torch.float32}
+            assert all(p.device.type == "cpu" and p.grad is None for p in named.values())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_policies_of_fully_shard(world):
+    ranks.run(world, run_fsdp_policies)
 
 
 def run_fsdp_in_backward(rank):
@@ -463,6 +487,78 @@ def test_another_number_of_ranks_goes_on(tmp_path):
     ranks.run(4, run_save, tmp_path)
     ranks.run(2, run_load, tmp_path)
     ranks.run(1, run_load, tmp_path)
+
+
+def run_killed_in_save(rank, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    class Dying(FileSystemWriter):
+        def write_data(self, plan, planner):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().write_data(plan, planner)
+
+    model, optimizer = half_trained(rank, "Adam", torch.float64)
+    train(model, optimizer, part_of(rank), begin=STEPS // 2, end=STEPS // 2 + 1)
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    newer = {"model": of_model, "optimizer": of_optimizer}
+    dcp.save(newer, checkpoint_id=f"{folder}/newer", storage_writer=Dying(f"{folder}/newer"))
+
+
+def test_a_rank_that_is_killed_in_a_save_leaves_the_older_checkpoint(tmp_path):
+    ranks.run(2, run_save, tmp_path)
+    with pytest.raises(AssertionError, match="rank 1: it died|Connection closed by peer"):
+        ranks.run(2, run_killed_in_save, tmp_path)
+    assert not (tmp_path / "newer" / ".metadata").exists()  # which makes a checkpoint of its files
+    ranks.run(2, run_load, tmp_path)
+
+
+# ---- GPUs --------------------------------------------------------------------------------------
+
+several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def run_fsdp_over_nccl(rank):
+    torch.cuda.set_device(rank)
+    for rule in rules():
+        compare(rule, lambda model: sharded(model.cuda()), 4, part=part_of(rank))
+
+
+def run_ddp_over_nccl(rank, bucket_view):
+    torch.cuda.set_device(rank)
+    options = {"device_ids": [rank], "gradient_as_bucket_view": bucket_view}
+    for rule in rules():
+        compare(
+            rule,
+            lambda model: torch.nn.parallel.DistributedDataParallel(model.cuda(), **options),
+            4,
+            part=part_of(rank),
+        )
+
+
+def run_tensor_parallel_over_nccl(rank):
+    torch.cuda.set_device(rank)
+    mesh = dist.init_device_mesh("cuda", (dist.get_world_size(),))
+    for rule in rules():
+        compare(rule, lambda model: parallel(model.cuda(), mesh), 6, SequenceOnRanks, shape=(3, 4, 6))
+
+
+@several_gpus
+@pytest.mark.gpu
+@pytest.mark.only_on("cuda", reason="NCCL needs real devices")
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (run_fsdp_over_nccl, ()),
+        (run_ddp_over_nccl, (False,)),
+        (run_ddp_over_nccl, (True,)),
+        (run_tensor_parallel_over_nccl, ()),
+    ],
+)
+def test_over_nccl(function, arguments):
+    ranks.run(2, function, *arguments, backend="nccl")
 
 
 # ---- one tensor --------------------------------------------------------------------------------
