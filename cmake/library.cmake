@@ -6,6 +6,7 @@ add_library(fusestep
   csrc/borrowed.cpp
   csrc/checkpoint/description.cpp
   csrc/checkpoint/dict.cpp
+  csrc/checkpoint/ranks.cpp
   csrc/checkpoint/engine_state.cpp
   csrc/checkpoint/match.cpp
   csrc/checkpoint/report.cpp
@@ -15,6 +16,7 @@ add_library(fusestep
   csrc/groups.cpp
   csrc/hyper.cpp
   csrc/names.cpp
+  csrc/norm_halves.cpp
   csrc/optimizer.cpp
   csrc/plan.cpp
   csrc/schedule.cpp

@@ -186,10 +186,11 @@ bool BorrowedPass::same_tensors(std::span<const BorrowedGroup> groups,
                                 std::span<const BorrowedTensor> tensors) const {
   if (now_.engine == nullptr) return false;
   const auto same_group = [](const BorrowedGroup& a, const BorrowedGroup& b) {
-    return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding && a.seed == b.seed;
+    return find_rule(a.hyper) == find_rule(b.hyper) && a.rounding == b.rounding;
   };
   const auto same_tensor = [](const BorrowedTensor& a, const BorrowedTensor& b) {
     return a.size == b.size && a.group == b.group && a.device == b.device && a.dtype == b.dtype &&
+           a.noise_seed == b.noise_seed &&
            (!a.steps || !b.steps ||
             (a.slot_dtype == b.slot_dtype && a.grad_dtype == b.grad_dtype &&
              (a.master == nullptr) == (b.master == nullptr)));
@@ -231,7 +232,6 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     const std::string name = std::to_string(i);
     GroupRecord group{name, groups[i].hyper, groups[i].lr_source, {}, {}};
     group.options.rounding = groups[i].rounding;
-    group.options.seed = groups[i].seed;
     groups_.push_back(std::move(group));
   }
   for (const BorrowedTensor& tensor : tensors) {
@@ -242,7 +242,7 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     record.group = tensor.group;
     record.size = tensor.size;
     record.value = {tensor.value, tensor.dtype, {tensor.size}, tensor.device, true};
-    record.noise_seed = noise_seed(group.options.seed, record.name);
+    record.noise_seed = tensor.noise_seed;
     const LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
     if (!find_layout(key)) {
       throw InvalidArgument(where(record) + ": no layout for values of " + to_string(key));

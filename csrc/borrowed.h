@@ -18,10 +18,11 @@ namespace fusestep::detail {
 struct BorrowedTensor {
   void* value = nullptr;
   void* grad = nullptr;
-  void* slot[kMaxSlots] = {};   // of the group's rule variant, in its order
-  void* master = nullptr;       // float32, or null: the value is the parameter itself
-  void* step_tensor = nullptr;  // float32 or float64, or null: the count is the engine's own
-  std::int64_t size = 0;        // elements, laid out alike in all of them
+  void* slot[kMaxSlots] = {};    // of the group's rule variant, in its order
+  void* master = nullptr;        // float32, or null: the value is the parameter itself
+  void* step_tensor = nullptr;   // float32 or float64, or null: the count is the engine's own
+  std::int64_t size = 0;         // elements, laid out alike in all of them
+  std::uint64_t noise_seed = 0;  // of stochastic rounding
   std::int32_t group = 0;
   Device device;
   DType dtype = DType::kFloat32;  // of the value
@@ -38,7 +39,6 @@ struct BorrowedGroup {
   Hyper hyper;
   TensorView lr_source = {};  // absent: hyper's lr
   Rounding rounding = Rounding::kNearest;
-  std::uint64_t seed = 0;  // of stochastic rounding
 };
 
 LayoutKey layout_key(const BorrowedGroup& group, const BorrowedTensor& tensor);

@@ -90,6 +90,10 @@ void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with
     refuse_capture("skip is decided by the host, once for all runs of the graph",
                    "use skip_source");
   }
+  if (norm_half_ != NormHalf::kNone) {
+    refuse_capture("norm_end() has given its norm, of this time only",
+                   "clip by the norm of one process");
+  }
   for (const ParameterRecord& parameter : parameters_) {
     if (parameter.frozen || parameter.grad.present || parameter.may_lack_grad) continue;
     refuse_capture(where(parameter) + " has no gradient", "set one, or freeze the parameter");

@@ -52,9 +52,12 @@ void Engine::step(const StepOptions& options) {
   refuse_if_broken();
   check(options);
   const Capturing capturing(capturing_, is_captured(options.streams));
-  const bool with_norm = needs_norm(options);
+  refuse_between_halves();
+  const bool is_reduced = norm_half_ == NormHalf::kEnded;
+  const bool with_norm = needs_norm(options) || is_reduced;
   if (capturing_) refuse_what_a_graph_cannot_do(options, with_norm);
   if (options.skip) {
+    norm_half_ = NormHalf::kNone;
     ++skipped_by_caller_;
     return;
   }
@@ -63,8 +66,12 @@ void Engine::step(const StepOptions& options) {
   const DefaultFpEnvironment environment;
   on_device([&] {
     list_working_devices();
-    if (with_norm) sum_squares(options.streams);
-    const int norm_parts = with_norm ? static_cast<int>(working_.size()) : 0;
+    if (is_reduced) {
+      take_reduced_sums(options.streams);
+    } else if (with_norm) {
+      sum_squares(options.streams);
+    }
+    const int norm_parts = is_reduced ? 1 : with_norm ? static_cast<int>(working_.size()) : 0;
     // All requests first: finding one out may wait for another device.
     requests_.clear();
     for (const DeviceRecord* device : working_) {
@@ -80,6 +87,7 @@ void Engine::step(const StepOptions& options) {
       }
     }
     decided_last_ = working_.empty() ? nullptr : working_.front();
+    norm_half_ = NormHalf::kNone;
   });
 }
 
@@ -376,15 +384,20 @@ void Engine::sum_squares(std::span<const Stream> streams) {
   if (devices.size() < 2) return;
   for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
     DeviceRecord& from = *devices[static_cast<std::size_t>(i)];
-    void* from_stream = stream_of(streams, from.device);
-    for (DeviceRecord* to : devices) {
-      if (to == &from) continue;
-      void* stream = stream_of(streams, to->device);
-      if (to->device.type == from.device.type) {
-        to->backend->copy_sum(i, *from.backend, from_stream, stream);
-      } else {  // between the CPU and a GPU the host has to wait
-        to->backend->write_sum(i, from.backend->read_sum(i, from_stream), stream);
-      }
+    send_sum(i, from, stream_of(streams, from.device), streams);
+  }
+}
+
+/// To all other devices with work.
+void Engine::send_sum(int position, DeviceRecord& from, void* from_stream,
+                      std::span<const Stream> streams) {
+  for (DeviceRecord* to : working_) {
+    if (to == &from) continue;
+    void* stream = stream_of(streams, to->device);
+    if (to->device.type == from.device.type) {
+      to->backend->copy_sum(position, *from.backend, from_stream, stream);
+    } else {  // between the CPU and a GPU the host has to wait
+      to->backend->write_sum(position, from.backend->read_sum(position, from_stream), stream);
     }
   }
 }

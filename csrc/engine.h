@@ -100,6 +100,8 @@ class Engine {
   void step(const StepOptions& options);
   void sync_hyper(std::span<const Stream> streams);
   GradNorm grad_norm(std::span<const Stream> streams);
+  TensorView norm_begin(Device device, std::span<const Stream> streams);
+  void norm_end();
   GradNorm last_grad_norm();
   /// The norm of the last step to a float64 scalar on a device that took part in it, without
   /// waiting; false if it is on another one.
@@ -137,6 +139,10 @@ class Engine {
   void forget_changed_settings();
   void write_state(DeviceRecord& device, int index, StepState state);
   void sum_squares(std::span<const Stream> streams);
+  void refuse_between_halves() const;
+  void send_sum(int position, DeviceRecord& from, void* from_stream,
+                std::span<const Stream> streams);
+  void take_reduced_sums(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 
   // capture.cpp: a step that runs later, in a CUDA graph
@@ -178,6 +184,13 @@ class Engine {
   std::unordered_map<std::string, int> group_names_, parameter_names_;
   std::string broken_;  // what a device reported; empty while all is well
   bool memory_is_checked_ = true;
+  /// How far a norm over several processes is: norm_begin() has given its sums out, or norm_end()
+  /// has said that they are the sums of all, for the next step.
+  enum class NormHalf { kNone, kBegun, kEnded };
+  NormHalf norm_half_ = NormHalf::kNone;
+  Device norm_device_;  // where its sums are
+  double* reduced_sums_ = nullptr;
+  double host_sums_[2] = {};
   bool capturing_ = false;                // the step at hand
   std::vector<DeviceRecord*> working_;    // of the step at hand: devices with work, in norm order
   std::vector<StepRequest> requests_;     // to them

@@ -61,6 +61,7 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
     check_memory(text, "value", given.value);
     check_layout(text, options, given.value.dtype, given.value.dtype);
     if (given.grad.present) check_grad(text, options, given.grad, given.value);
+    if (given.shard) check_shard(text, *given.shard, given.value);
     ParameterRecord record;
     record.name = std::move(given.name);
     record.group = group_index;
@@ -68,6 +69,7 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
     record.size = given.value.size();
     record.value = std::move(given.value);
     record.grad = std::move(given.grad);
+    record.shard = std::move(given.shard);
     group.parameters.push_back(index);
     joining.push_back(std::move(record));
   }

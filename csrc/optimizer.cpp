@@ -106,6 +106,10 @@ void Optimizer::sync_hyper(std::span<const Stream> streams) { engine_->sync_hype
 GradNorm Optimizer::grad_norm(std::span<const Stream> streams) {
   return engine_->grad_norm(streams);
 }
+TensorView Optimizer::norm_begin(Device device, std::span<const Stream> streams) {
+  return engine_->norm_begin(device, streams);
+}
+void Optimizer::norm_end() { engine_->norm_end(); }
 GradNorm Optimizer::last_grad_norm() const { return engine_->last_grad_norm(); }
 std::int64_t Optimizer::skipped_steps() const { return engine_->skipped_steps(); }
 std::map<std::string, std::size_t> Optimizer::memory_report() const {
@@ -144,8 +148,10 @@ LoadReport Optimizer::load(const StateDict& state, const LoadOptions& options) {
 void Optimizer::save(const std::filesystem::path& file, const SaveOptions& options) {
   wait_for_save();
   detail::with_host_memory([&] {
+    const std::filesystem::path written =
+        options.rank ? detail::file_to_save(file, *options.rank) : file;
     detail::EngineSource source(*engine_, options.values, options.streams);
-    detail::write_file(source, options.metadata, file);
+    detail::write_file(source, options.metadata, written);
   });
 }
 void Optimizer::save_async(const std::filesystem::path& file, const SaveOptions& options) {
@@ -154,8 +160,10 @@ void Optimizer::save_async(const std::filesystem::path& file, const SaveOptions&
   detail::with_host_memory([&] {
     detail::EngineSource source(*engine_, options.values, options.streams);
     auto snapshot = std::make_shared<detail::Snapshot>(source);
-    const auto write = [snapshot, metadata = options.metadata, file] {
-      detail::with_host_memory([&] { detail::write_file(*snapshot, metadata, file); });
+    const std::filesystem::path written =
+        options.rank ? detail::file_to_save(file, *options.rank) : file;
+    const auto write = [snapshot, metadata = options.metadata, written] {
+      detail::with_host_memory([&] { detail::write_file(*snapshot, metadata, written); });
     };
     try {
       engine_->set_saving(std::async(std::launch::async, write));

@@ -33,6 +33,7 @@ struct ParameterRecord {
   int state;   // index of its StepState on that device
   TensorView value;
   TensorView grad;  // absent: nothing to step with
+  std::optional<Shard> shard;
   std::int64_t size;
   std::vector<Slot> slots;
   std::vector<Slot> spare_slots;  // memory a load has left without use

@@ -61,6 +61,26 @@ void check_like(const std::string& where, const std::string& what, const TensorV
   check_memory(where, what, memory);
 }
 
+void check_shard(const std::string& where, const Shard& shard, const TensorView& value) {
+  TensorView whole = value;
+  whole.shape = shard.whole_shape;
+  whole.data = nullptr;
+  std::int64_t elements = 1;
+  for (const std::int64_t extent : shard.whole_shape) {
+    if (extent < 0 ||
+        (extent != 0 && elements > std::numeric_limits<std::int64_t>::max() / 8 / extent)) {
+      throw InvalidArgument(where + ": no tensor has the whole shape " +
+                            to_string(shard.whole_shape));
+    }
+    elements *= extent;
+  }
+  const std::int64_t here = value.size();
+  if (shard.offset >= 0 && here <= elements && shard.offset <= elements - here) return;
+  throw InvalidArgument(where + ": a shard of " + std::to_string(here) + " elements at offset " +
+                        std::to_string(shard.offset) + " is not within the whole tensor of shape " +
+                        to_string(shard.whole_shape));
+}
+
 void check_scalar(const std::string& what, const TensorView& scalar) {
   const bool real = scalar.dtype == DType::kFloat32 || scalar.dtype == DType::kFloat64;
   const bool one = std::all_of(scalar.shape.begin(), scalar.shape.end(),

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "fusestep/shard.h"
 #include "fusestep/tensor_view.h"
 
 namespace fusestep::detail {
@@ -22,6 +23,9 @@ void check_like(const std::string& where, const std::string& what, const TensorV
                 DType dtype, const TensorView& value);
 
 /// One float32 or float64 element.
+/// Throws InvalidArgument unless the value's elements are some of the whole tensor's.
+void check_shard(const std::string& where, const Shard& shard, const TensorView& value);
+
 void check_scalar(const std::string& what, const TensorView& scalar);
 
 /// A stretch of one device's memory and whose it is.

@@ -1,5 +1,6 @@
 # A document has an example as its C++ block, from the first line after the licence.
-foreach(pair README.md:readme_example.cpp docs/semantics.md:state_example.cpp)
+foreach(pair README.md:readme_example.cpp docs/semantics.md:state_example.cpp
+             docs/distributed.md:distributed_example.cpp)
   string(REPLACE ":" ";" pair ${pair})
   list(GET pair 0 document)
   list(GET pair 1 name)

@@ -246,6 +246,19 @@ class CudaBackend final : public Backend {
     work.finish();
   }
 
+  double* gather_sums(int parts, void* stream) override {
+    Work work(*this, stream);
+    reduced_.reserve(2, work.stream());
+    exchange(parts, true, work.stream());
+    work.finish();
+    return reduced_.data();
+  }
+  void scatter_sums(void* stream) override {
+    Work work(*this, stream);
+    exchange(0, false, work.stream());
+    work.finish();
+  }
+
   void run(const StepRequest& request, void* stream) override {
     Work work(*this, stream, Captured::kToo);
     const auto tensors = static_cast<int>(plan_->tensors.size());
@@ -521,6 +534,11 @@ class CudaBackend final : public Backend {
     if (norm_blocks) to.norm_blocks.upload(*ring_, plan.norm_blocks, 0, stream);
   }
 
+  void exchange(int parts, bool gathers, cudaStream_t stream) {
+    const ExchangeSums exchange{tables_->norm_parts.data(), parts, reduced_.data(), gathers};
+    cuda_check(launch(exchange, 1, stream), device_, "launching the exchange of the norm");
+  }
+
   template <class T>
   T read_one(const T* from, void* stream) {
     T value;
@@ -546,6 +564,7 @@ class CudaBackend final : public Backend {
     states_.release(nullptr);
     shared_.release(nullptr);
     control_.release(nullptr);
+    reduced_.release(nullptr);
     ring_.reset();
     end_reading();
     for (cudaEvent_t* event : {&last_work_, &last_captured_}) {
@@ -572,6 +591,7 @@ class CudaBackend final : public Backend {
   DeviceTable<SharedTables> shared_{device_};
   SharedTables shared_known_{};  // what was uploaded
   DeviceTable<Control> control_{device_};
+  DeviceTable<double> reduced_{device_};  // what gather_sums() gives out
 };
 
 }  // namespace

@@ -88,6 +88,28 @@ struct GradientSource {
   }
 };
 
+/// Between the shares of the norm and two doubles for a sum over processes.
+struct ExchangeSums {
+  static constexpr int kThreads = 32;
+  static constexpr int kMinBlocks = 1;
+
+  NormSum* parts;
+  int count;
+  double* sums;
+  bool gathers;
+
+  FUSESTEP_HD void operator()(unsigned, unsigned thread) const {
+    if (thread != 0) return;
+    if (gathers) {
+      const NormSum total = add_all(parts, count);
+      sums[0] = total.squares;
+      sums[1] = static_cast<double>(total.nonfinite);
+    } else {
+      parts[0] = norm_sum_of(sums);
+    }
+  }
+};
+
 /// Sums of the round before.
 struct SumSource {
   const NormSum* sums;

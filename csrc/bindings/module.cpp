@@ -86,6 +86,34 @@ Hyper hyper_of(const std::string& rule, const py::dict& given) {
   return hyper;
 }
 
+/// Of one group; those that are not given have fusestep's defaults.
+GroupOptions options_of(const py::dict& given) {
+  GroupOptions options;
+  const auto one_of = [&](const char* key, auto names) {
+    const py::object value = given[key];
+    for (const auto& [name, meant] : names) {
+      if (value.equal(name)) return meant;
+    }
+    throw InvalidArgument(std::string(key) + " cannot be " + std::string(py::repr(value)));
+  };
+  if (given.contains("state_dtype")) {
+    options.slots = one_of("state_dtype", std::vector<std::pair<py::object, SlotDType>>{
+                                              {py::none(), SlotDType::kLikeParameter},
+                                              {py::str("float32"), SlotDType::kFloat32},
+                                              {py::str("bfloat16"), SlotDType::kBFloat16}});
+  }
+  if (given.contains("rounding")) {
+    options.rounding = one_of("rounding", std::vector<std::pair<py::object, Rounding>>{
+                                              {py::str("nearest"), Rounding::kNearest},
+                                              {py::str("stochastic"), Rounding::kStochastic}});
+  }
+  if (given.contains("master_weights")) {
+    options.master_weights = given["master_weights"].cast<bool>();
+  }
+  if (given.contains("seed")) options.seed = given["seed"].cast<std::uint64_t>();
+  return options;
+}
+
 using Named = std::pair<std::string, py::object>;
 
 void bind_array_optimizer(py::module_& m) {
@@ -95,14 +123,15 @@ void bind_array_optimizer(py::module_& m) {
       .def(
           "add_group",
           [](Optimizer& self, const std::string& name, const std::string& rule,
-             const py::dict& hyper, const std::vector<Named>& parameters) {
+             const py::dict& hyper, const std::vector<Named>& parameters, const py::dict& options) {
             std::vector<Parameter> members;
             for (const auto& [parameter, memory] : parameters) {
               members.push_back({parameter, view_of(memory), {}});
             }
-            self.add_group(name, hyper_of(rule, hyper), std::move(members));
+            self.add_group(name, hyper_of(rule, hyper), std::move(members), options_of(options));
           },
-          py::arg("name"), py::arg("rule"), py::arg("hyper"), py::arg("parameters"))
+          py::arg("name"), py::arg("rule"), py::arg("hyper"), py::arg("parameters"),
+          py::arg("options"))
       .def(
           "set_hyper",
           [](Optimizer& self, const std::string& group, const std::string& rule,
@@ -133,19 +162,28 @@ void bind_array_optimizer(py::module_& m) {
       .def(
           "step",
           [](Optimizer& self, bool skip, double grad_multiplier, double max_grad_norm,
-             bool skip_nonfinite, const Streams& given) {
+             double clip_value, bool skip_nonfinite, const Streams& given) {
             const std::vector<Stream> streams = streams_of(given);
             StepOptions options;
             options.skip = skip;
             options.grad_multiplier = grad_multiplier;
             options.max_grad_norm = max_grad_norm;
+            options.clip_value = clip_value;
             options.skip_nonfinite = skip_nonfinite;
             options.streams = streams;
             const py::gil_scoped_release release;
             self.step(options);
           },
           py::arg("skip"), py::arg("grad_multiplier"), py::arg("max_grad_norm"),
-          py::arg("skip_nonfinite"), py::arg("streams"))
+          py::arg("clip_value"), py::arg("skip_nonfinite"), py::arg("streams"))
+      .def(
+          "refresh_master_weights",
+          [](Optimizer& self, const Streams& given) {
+            const std::vector<Stream> streams = streams_of(given);
+            const py::gil_scoped_release release;
+            self.refresh_master_weights(streams);
+          },
+          py::arg("streams"))
       .def(
           "sync_hyper",
           [](Optimizer& self, const Streams& given) {
@@ -230,8 +268,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
       .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"), py::arg("dtensor"),
            py::arg("writes_grads"))
-      .def("add", &TorchStepper::add, py::arg("group"), py::arg("value"), py::arg("grad"),
-           py::arg("state"), py::arg("fresh"))
+      .def("add", &TorchStepper::add, py::arg("group"), py::arg("position"), py::arg("value"),
+           py::arg("grad"), py::arg("state"), py::arg("fresh"))
       .def("takes_turns", &TorchStepper::takes_turns)
       .def("can_store_grads", &TorchStepper::can_store_grads)
       .def("step", &TorchStepper::step, py::arg("found_inf"), py::arg("loss_scale"),

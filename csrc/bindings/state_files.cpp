@@ -205,7 +205,7 @@ void bind_state(py::class_<Optimizer>& optimizer) {
           [](Optimizer& self, const std::filesystem::path& path, bool values,
              const Metadata& metadata, bool in_background, const Streams& given) {
             const std::vector<Stream> streams = streams_of(given);
-            const SaveOptions options{values, metadata, streams};
+            const SaveOptions options{values, metadata, {}, streams};
             const py::gil_scoped_release release;
             in_background ? self.save_async(path, options) : self.save(path, options);
           },

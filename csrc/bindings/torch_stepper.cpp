@@ -3,6 +3,7 @@
 #include "torch_stepper.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "fusestep/detail/layout.h"
@@ -37,6 +38,11 @@ struct Keys {
   PyObject* nesterov = PyUnicode_InternFromString("nesterov");
   PyObject* alpha = PyUnicode_InternFromString("alpha");
   PyObject* centered = PyUnicode_InternFromString("centered");
+  PyObject* master_weights = PyUnicode_InternFromString("master_weights");
+  PyObject* master_weight = PyUnicode_InternFromString("master_weight");
+  PyObject* rounding = PyUnicode_InternFromString("rounding");
+  PyObject* seed = PyUnicode_InternFromString("seed");
+  PyObject* param_names = PyUnicode_InternFromString("param_names");
 };
 
 const Keys& keys() {
@@ -87,6 +93,19 @@ PyObject* item(PyObject* group, PyObject* key) {
   throw py::error_already_set();
 }
 
+/// Null where the group has no such key.
+PyObject* find_item(PyObject* group, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(group, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+bool is_true(PyObject* value) {
+  const int truth = value == nullptr ? 0 : PyObject_IsTrue(value);
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
+
 /// torch.Tensor hashes by identity; asking its Python method for that would cost more than all else
 /// that is done here for a parameter.
 PyObject* state_of(PyObject* states, PyObject* parameter) {
@@ -112,11 +131,7 @@ double TorchStepper::number(PyObject* value) const {
 detail::BorrowedGroup TorchStepper::read_group(PyObject* group) const {
   const Keys& k = keys();
   const auto get = [&](PyObject* key) { return number(item(group, key)); };
-  const auto flag = [&](PyObject* key) {
-    const int truth = PyObject_IsTrue(item(group, key));
-    if (truth < 0) throw py::error_already_set();
-    return truth == 1;
-  };
+  const auto flag = [&](PyObject* key) { return is_true(item(group, key)); };
   detail::BorrowedGroup read;
   double lr = 0;
   PyObject* const given_lr = item(group, k.lr);
@@ -157,7 +172,41 @@ detail::BorrowedGroup TorchStepper::read_group(PyObject* group) const {
                               flag(k.centered),
                               flag(k.maximize)};
   }
+  PyObject* const rounding = find_item(group, k.rounding);
+  if (rounding != nullptr && PyUnicode_CompareWithASCIIString(rounding, "stochastic") == 0) {
+    read.rounding = Rounding::kStochastic;
+  }
   return read;
+}
+
+TorchStepper::Group TorchStepper::read_kind(PyObject* group, int first) const {
+  const Keys& k = keys();
+  Group kind;
+  kind.first = first;
+  kind.differentiable = is_true(item(group, k.differentiable));
+  kind.master_weights = is_true(find_item(group, k.master_weights));
+  kind.stochastic = groups_.back().rounding == Rounding::kStochastic;
+  kind.counts = rule_ != "SGD" || kind.stochastic;
+  for (const std::string_view name :
+       detail::rule_info(detail::find_rule(groups_.back().hyper)).slots) {
+    kind.slot_keys.push_back(slot_key(name));
+  }
+  if (!kind.stochastic) return kind;
+  if (PyObject* const seed = find_item(group, k.seed)) {
+    kind.seed = py::handle(seed).cast<std::uint64_t>();
+  }
+  if (PyObject* const names = find_item(group, k.param_names)) {
+    kind.names = py::reinterpret_borrow<py::object>(names);
+  }
+  return kind;
+}
+
+/// By the parameter's name, or where it has none by its place among all parameters.
+std::uint64_t TorchStepper::noise_seed_of(const Group& kind, int position) const {
+  if (!kind.stochastic) return 0;
+  if (kind.names.is_none()) return detail::noise_seed(kind.seed, std::to_string(position));
+  const py::object name = kind.names[py::int_(position - kind.first)];
+  return detail::noise_seed(kind.seed, py::str(name).cast<std::string>());
 }
 
 /// Memory that stands for its negative or conjugate.
@@ -222,26 +271,42 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   if (!known && is_lazily_changed(value, *value_info)) return false;
 
   const Group& kind = kinds_[static_cast<std::size_t>(tensor.group)];
-  const bool counts = rule_ != "SGD";
-  const auto has_layout = [&] {
-    const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
-    return detail::find_layout(detail::layout_key(group, tensor)).has_value();
+  if (!fill_state(kind, whole_value, *value_info, state, tensor)) return false;
+  const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
+  return detail::find_layout(detail::layout_key(group, tensor)).has_value();
+}
+
+/// Slots, master weight and step count, as far as the parameter steps with them.
+bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
+                              PyObject* state, detail::BorrowedTensor& tensor) {
+  const bool may_have_master = size_of(value.dtype) == 2;
+  const bool needs_master = may_have_master && kind.master_weights;
+  if (state == nullptr) return kind.slot_keys.empty() && !kind.counts && !needs_master;
+  const auto read = [&](PyObject* slot) -> std::optional<TensorInfo> {
+    if (!placed_alike(whole_value, slot)) return {};
+    auto info = reader_.read(local(slot).ptr());
+    const bool alike = info && info->laid_out_as(value) && info->is_complex == value.is_complex;
+    return alike ? std::move(info) : std::nullopt;
   };
-  if (kind.slot_keys.empty() && !counts) return has_layout();
-  if (state == nullptr) return false;
   for (std::size_t i = 0; i < kind.slot_keys.size(); ++i) {
-    PyObject* const slot = PyDict_GetItemWithError(state, kind.slot_keys[i]);
-    if (is_none_or_missing(slot) || !placed_alike(whole_value, slot)) return false;
-    const auto slot_info = reader_.read(local(slot).ptr());
-    if (!slot_info || !slot_info->laid_out_as(*value_info)) return false;
-    if (slot_info->is_complex != value_info->is_complex) return false;
-    if (i > 0 && slot_info->dtype != tensor.slot_dtype) return false;
-    tensor.slot_dtype = slot_info->dtype;
-    tensor.slot[i] = slot_info->data;
+    PyObject* const slot = find_item(state, kind.slot_keys[i]);
+    if (is_none_or_missing(slot)) return false;
+    const auto info = read(slot);
+    if (!info || (i > 0 && info->dtype != tensor.slot_dtype)) return false;
+    tensor.slot_dtype = info->dtype;
+    tensor.slot[i] = info->data;
   }
-  if (!has_layout()) return false;
-  if (!counts) return true;
-  PyObject* const step = PyDict_GetItemWithError(state, keys().step);
+  if (may_have_master) {  // one that is there is stepped, whatever the group says
+    PyObject* const master = find_item(state, keys().master_weight);
+    if (is_none_or_missing(master) && needs_master) return false;
+    if (!is_none_or_missing(master)) {
+      const auto info = read(master);
+      if (!info || info->dtype != DType::kFloat32) return false;
+      tensor.master = info->data;
+    }
+  }
+  if (!kind.counts) return true;
+  PyObject* const step = find_item(state, keys().step);
   if (is_none_or_missing(step)) return false;
   const auto step_info = reader_.read(step);
   if (!step_info || step_info->device != tensor.device || step_info->elements != 1 ||
@@ -301,19 +366,16 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   compared_ = 0;
   written_ = py::list();
   py::list unready;
+  int position = 0;  // among all parameters
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const py::object group = groups[i];
     take_settings(group);
-    const detail::SlotNames names =
-        detail::rule_info(detail::find_rule(groups_.back().hyper)).slots;
-    Group kind{PyObject_IsTrue(item(group.ptr(), keys().differentiable)) == 1, {}};
-    for (const std::string_view name : names) kind.slot_keys.push_back(slot_key(name));
-    kinds_.push_back(std::move(kind));
+    kinds_.push_back(read_kind(group.ptr(), position));
 
     const auto params = py::reinterpret_steal<py::object>(
         PySequence_Fast(item(group.ptr(), keys().params), "params must be a list"));
     if (!params) throw py::error_already_set();
-    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j) {
+    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j, ++position) {
       PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
       const py::object grad = attribute(value, keys().grad);
       if (grad.is_none()) {
@@ -322,23 +384,25 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
       }
       detail::BorrowedTensor tensor;
       tensor.group = static_cast<std::int32_t>(i);
+      tensor.noise_seed = noise_seed_of(kinds_.back(), position);
       tensor.buffer_filled = true;
       const bool ready = !kinds_.back().differentiable &&
                          fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
       if (ready) {
         take(value, grad.ptr(), tensor);
       } else {
-        unready.append(py::make_tuple(i, py::handle(value)));
+        unready.append(py::make_tuple(i, position, py::handle(value)));
       }
     }
   }
   return unready;
 }
 
-bool TorchStepper::add(int group, const py::object& value, const py::object& grad,
+bool TorchStepper::add(int group, int position, const py::object& value, const py::object& grad,
                        const py::dict& state, bool fresh) {
   detail::BorrowedTensor tensor;
   tensor.group = group;
+  tensor.noise_seed = noise_seed_of(kinds_.at(static_cast<std::size_t>(group)), position);
   tensor.buffer_filled = !fresh;
   if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
   take(value.ptr(), grad.ptr(), tensor);

@@ -22,16 +22,16 @@ class TorchStepper {
   TorchStepper(std::string rule, const pybind11::object& tensor_type);
 
   /// Reads all groups, and takes every parameter with a gradient whose memory can be stepped as it
-  /// is. Returns (group index, parameter) of the others: state is missing or elsewhere, the memory
-  /// is not dense and of one layout, or the group is differentiable. `dtensor`: torch's class of
-  /// that name, or None; of its tensors the local parts are stepped, where all are placed alike.
-  /// `writes_grads`: the step will store gradients.
+  /// is. Returns (group index, position among all, parameter) of the others: state is missing or
+  /// elsewhere, the memory is not dense and of one layout, or the group is differentiable.
+  /// `dtensor`: torch's class of that name, or None; of its tensors the local parts are stepped,
+  /// where all are placed alike. `writes_grads`: the step will store gradients.
   pybind11::list gather(const pybind11::list& groups, const pybind11::dict& state,
                         const pybind11::object& dtensor, bool writes_grads);
 
   /// Takes one parameter more; false if it cannot be stepped as it is. `fresh`: its momentum buffer
   /// holds nothing yet.
-  bool add(int group, const pybind11::object& value, const pybind11::object& grad,
+  bool add(int group, int position, const pybind11::object& value, const pybind11::object& grad,
            const pybind11::dict& state, bool fresh);
 
   /// Of what was taken: see BorrowedOptimizer.
@@ -63,17 +63,27 @@ class TorchStepper {
 
  private:
   struct Group {
-    bool differentiable;
-    std::vector<PyObject*> slot_keys;  // of its rule variant
+    int first = 0;  // position of its first parameter among all
+    bool differentiable = false;
+    bool master_weights = false;
+    bool stochastic = false;
+    bool counts = true;  // steps, in the state's "step"
+    std::uint64_t seed = 0;
+    pybind11::object names = pybind11::none();  // of its parameters, where it needs them
+    std::vector<PyObject*> slot_keys;           // of its rule variant
   };
 
   detail::BorrowedGroup read_group(PyObject* group) const;
+  Group read_kind(PyObject* group, int first) const;
+  std::uint64_t noise_seed_of(const Group& kind, int position) const;
   double number(PyObject* value) const;
   bool is_dtensor(PyObject* tensor) const;
   pybind11::object local(PyObject* tensor) const;
   bool placed_alike(PyObject* a, PyObject* b);
   bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
+  bool fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
+                  PyObject* state, detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
   void take_settings(const pybind11::object& group);
   void rest(std::int32_t group, PyObject* value);

@@ -74,9 +74,28 @@ std::int64_t step_from_json(const Json& json, const std::string& where) {
   return step_from_number(number_from_json(json, where), where);
 }
 
+constexpr const char* kShard = "shard";
+
+Json to_json(const Shard& shard) {
+  return {{"offset", shard.offset}, {"whole_shape", shard.whole_shape}};
+}
+
+Shard shard_from_json(const Json& json, const std::vector<std::int64_t>& shape,
+                      const std::string& where) {
+  if (!json.is_object()) throw InvalidArgument(where + " must be an object");
+  const Shard shard{as<std::int64_t>(json.value("offset", Json()), where + ": offset", "a number"),
+                    shape_from_json(json.value("whole_shape", Json()), where + ": whole_shape")};
+  const std::int64_t whole = elements_of(shard.whole_shape), here = elements_of(shape);
+  if (shard.offset >= 0 && here <= whole && shard.offset <= whole - here) return shard;
+  throw InvalidArgument(where + ": " + std::to_string(here) + " elements at " +
+                        std::to_string(shard.offset) + " are not within a tensor of shape " +
+                        to_string(shard.whole_shape));
+}
+
 Json to_json(const ParameterDescription& parameter, bool with_slots) {
   Json json = {
       {"name", parameter.name}, {"dtype", parameter.value.dtype}, {"shape", parameter.value.shape}};
+  if (parameter.shard) json[kShard] = to_json(*parameter.shard);
   if (parameter.step) json["step"] = step_to_json(*parameter.step);
   if (parameter.frozen) json["frozen"] = true;
   if (with_slots) {
@@ -118,6 +137,9 @@ ParameterDescription parameter_from_json(Json json, int group, const std::string
   const std::string where = group_text + ", parameter '" + parameter.name + "'";
   parameter.value = {text(take(json, "dtype"), where + ": dtype"),
                      shape_from_json(take(json, "shape"), where + ": shape")};
+  if (const Json shard = take(json, kShard); !shard.is_null()) {
+    parameter.shard = shard_from_json(shard, parameter.value.shape, where + ": shard");
+  }
   if (const Json step = take(json, "step"); !step.is_null()) {
     parameter.step = step_from_json(step, where + ": step");
   }
@@ -136,6 +158,27 @@ std::string number_text(double number) {
 }
 
 }  // namespace
+
+std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
+  std::int64_t elements = 1;
+  for (const std::int64_t extent : shape) {
+    if (extent < 0 ||
+        (extent != 0 && elements > std::numeric_limits<std::int64_t>::max() / 16 / extent)) {
+      return 0;
+    }
+    elements *= extent;
+  }
+  return elements;
+}
+
+const std::vector<std::int64_t>& whole_shape(const ParameterDescription& parameter) {
+  return parameter.shard ? parameter.shard->whole_shape : parameter.value.shape;
+}
+
+ElementRange range_of(const ParameterDescription& parameter) {
+  const std::int64_t begin = parameter.shard ? parameter.shard->offset : 0;
+  return {begin, begin + elements_of(parameter.value.shape)};
+}
 
 Json to_json(const Description& description, bool with_slots) {
   Json groups = Json::array();

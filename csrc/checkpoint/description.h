@@ -15,6 +15,7 @@
 
 #include "fusestep/dtype.h"
 #include "fusestep/hyper.h"
+#include "fusestep/shard.h"
 
 namespace fusestep::detail {
 
@@ -32,6 +33,7 @@ struct ParameterDescription {
   std::string name;
   int group = 0;
   TensorDescription value;
+  std::optional<Shard> shard;  // set: value and slots are a part of a tensor
   bool frozen = false;
   std::optional<std::int64_t> step;
   std::map<std::string, TensorDescription> slots;  // what there is; "value" where it was saved
@@ -42,6 +44,17 @@ struct ParameterDescription {
   bool master_weights = false;           // there may be a slot kMasterWeight, of float32
   std::vector<std::int64_t> slot_shape;  // value's, with a 2 at its end for complex ones
 };
+
+/// Of a tensor's elements in C order.
+struct ElementRange {
+  std::int64_t begin = 0, end = 0;
+};
+/// 0 for a shape that nothing has.
+std::int64_t elements_of(const std::vector<std::int64_t>& shape);
+/// Of the tensor that the parameter is, or is a part of.
+const std::vector<std::int64_t>& whole_shape(const ParameterDescription& parameter);
+/// What of it the description is about.
+ElementRange range_of(const ParameterDescription& parameter);
 
 struct GroupDescription {
   std::string name;

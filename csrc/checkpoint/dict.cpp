@@ -24,6 +24,7 @@ ParameterDescription describe(const ParameterState& state, int group) {
   description.name = state.name;
   description.group = group;
   description.value = {std::string(name_of(state.dtype)), state.shape};
+  description.shard = state.shard;
   description.frozen = state.frozen;
   description.step = state.step;
   if (state.step < 0) {
@@ -94,6 +95,7 @@ StateDict to_dict(StateSource& source) {
     const std::string where = "parameter '" + parameter.name + "'";
     state.dtype = dtype_from_name(parameter.value.dtype, where);
     state.shape = parameter.value.shape;
+    state.shard = parameter.shard;
     state.frozen = parameter.frozen;
     state.step = parameter.step.value_or(0);
     for (const auto& [name, tensor] : parameter.slots) {

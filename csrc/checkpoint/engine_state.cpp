@@ -84,6 +84,16 @@ std::string_view slot_name(const std::string& name) {
   return found;
 }
 
+/// The bytes, of what was saved of a parameter, that are here.
+ByteRange range_wanted(const ParameterDescription& from, const ParameterRecord& to, DType dtype) {
+  if (!from.shard && !to.shard) return {};
+  const std::int64_t offset = (to.shard ? to.shard->offset : 0) - range_of(from).begin;
+  if (to.size == 0) return {0, 0};
+  const std::uint64_t size = size_of(dtype);
+  return {static_cast<std::uint64_t>(offset) * size,
+          static_cast<std::uint64_t>(offset + to.size) * size};
+}
+
 }  // namespace
 
 // ---- saving -------------------------------------------------------------------------------------
@@ -139,6 +149,7 @@ ParameterDescription EngineSource::describe(int index, bool value) {
   description.name = record.name;
   description.group = record.group;
   description.value = describe_tensor(record.value.dtype, record.value);
+  description.shard = record.shard;
   description.frozen = record.frozen;
   description.step = state.step;
   // One that no step has filled yet is none, as in torch.
@@ -278,13 +289,14 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
                                                   : slot_dtype(group.options, to.value.dtype);
       const DType saved_dtype = dtype_from_name(from.slots.at(name).dtype, name);
       const bool in_place = name == kValue || to.find_slot(name) != nullptr;
-      transfers_.push_back({pair.saved, pair.here, name, saved_dtype, dtype, in_place});
+      transfers_.push_back({pair.saved, pair.here, name, saved_dtype, dtype,
+                            range_wanted(from, to, saved_dtype), in_place});
     }
     for (const Slot& slot : to.slots) {
       const std::string name(slot.name);
       if (!slot.bound || std::find(pair.slots.begin(), pair.slots.end(), name) != pair.slots.end())
         continue;
-      transfers_.push_back({-1, pair.here, name, slot.dtype, slot.dtype, true});
+      transfers_.push_back({-1, pair.here, name, slot.dtype, slot.dtype, {}, true});
     }
   }
   // What can be taken back comes first.
@@ -294,7 +306,7 @@ void EngineLoader::list_transfers(const Description& saved, const std::vector<Ma
 
 void EngineLoader::verify_what_is_overwritten(StateSource& source) {
   for (const Transfer& t : transfers_) {
-    if (t.in_place && t.saved >= 0) source.verify(t.saved, t.name, {});
+    if (t.in_place && t.saved >= 0) source.verify(t.saved, t.name, t.range);
   }
 }
 
@@ -371,10 +383,10 @@ void EngineLoader::transfer(StateSource& source) {
     }
     // Not over what is there: the first piece that arrives must be noticed.
     if (!t.in_place && t.from == t.to && !device_of(t.here).device.is_cuda()) {
-      source.read_into(t.saved, t.name, {}, next);
+      source.read_into(t.saved, t.name, t.range, next);
       continue;
     }
-    source.read(t.saved, t.name, {}, [&](const void* data, std::size_t bytes) {
+    source.read(t.saved, t.name, t.range, [&](const void* data, std::size_t bytes) {
       if (t.from != t.to) {
         convert(data, bytes, t.from, t.to, converted.data());
         data = converted.data();

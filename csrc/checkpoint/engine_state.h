@@ -51,7 +51,8 @@ class EngineLoader {
     int saved, here;  // saved: -1 for the caller's memory, which is cleared where nothing was saved
     std::string name;  // of the slot, or "value"
     DType from, to;
-    bool in_place;  // over something that is needed if the load fails
+    ByteRange range;  // of what was saved
+    bool in_place;    // over something that is needed if the load fails
   };
   struct Settings {
     int group;

@@ -81,6 +81,12 @@ bool same_settings(const GroupDescription& one, const GroupDescription& other) {
          differences(one.hyper, other.hyper).empty();
 }
 
+std::string shard_text(const ParameterDescription& parameter) {
+  const ElementRange range = range_of(parameter);
+  return "elements " + std::to_string(range.begin) + " to " + std::to_string(range.end) + " of " +
+         to_string(whole_shape(parameter));
+}
+
 class Matcher {
  public:
   Matcher(const Description& saved, const Description& here, const MatchOptions& options)
@@ -213,21 +219,30 @@ class Matcher {
     }
     // A file of another program may have nothing but a step count.
     const bool has_shape = !from.value.dtype.empty();
-    if (has_shape && from.value.shape != to.value.shape) {
-      report(to.name, "shape", to_string(from.value.shape), to_string(to.value.shape));
+    if (has_shape && whole_shape(from) != whole_shape(to)) {
+      report(to.name, "shape", to_string(whole_shape(from)), to_string(whole_shape(to)));
       return;
     }
+    const ElementRange there = range_of(from), wanted = range_of(to);
+    const bool is_part = from.shard || to.shard;
+    if (is_part && wanted.begin < wanted.end &&
+        (wanted.begin < there.begin || wanted.end > there.end)) {
+      report(to.name, "shard", shard_text(from), shard_text(to));
+      return;
+    }
+    // Slots have the shape of what was saved, whatever part of it is wanted.
+    const std::vector<std::int64_t>& slot_shape = is_part ? from.value.shape : to.slot_shape;
     const std::size_t before = result_.report.mismatched.size();
     const SlotsOfRule known = slots_of_rule(group.rule);
     for (const auto& [name, slot] : from.slots) {
       const std::string text = to.name + "/" + name;
       if (name == kValue) {
         if (!options_.values) continue;
-        check_tensor(text, slot, to.slot_shape, {dtype_of_reals(to.value.dtype)});
+        check_tensor(text, slot, slot_shape, {dtype_of_reals(to.value.dtype)});
       } else if (name == kMasterWeight && to.master_weights) {
-        check_tensor(text, slot, to.slot_shape, {std::string(name_of(DType::kFloat32))});
+        check_tensor(text, slot, slot_shape, {std::string(name_of(DType::kFloat32))});
       } else if (known.some.count(name) != 0) {
-        check_tensor(text, slot, to.slot_shape, to.slot_dtypes);
+        check_tensor(text, slot, slot_shape, to.slot_dtypes);
       } else if (!options_.other_slots) {
         auto& list = name == kMasterWeight ? result_.report.unexpected : result_.report.left_out;
         list.push_back(text);

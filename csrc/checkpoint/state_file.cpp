@@ -7,6 +7,7 @@
 #include <optional>
 #include <set>
 
+#include "files/header.h"
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
 
@@ -140,12 +141,16 @@ void check_user_metadata(const Metadata& metadata) {
 
 StateFileReader::StateFileReader(const std::filesystem::path& path)
     : path_(path), file_(path), metadata_(file_.metadata()) {
-  if (file_.has_checksums()) {
+  const auto index = metadata_.find(kRanksKey);
+  is_index_ = file_.has_checksums() && index != metadata_.end();
+  if (is_index_) {
+    describe_by_index(std::string(index->second));
+  } else if (file_.has_checksums()) {
     describe_by_metadata();
   } else {
     describe_by_names();
   }
-  add_slots();
+  if (!is_index_) add_slots();
   for (const char* key : {"fusestep.version", "fusestep.crc32c", "fusestep.header_crc32c",
                           static_cast<const char*>(kGroups)}) {
     metadata_.erase(key);
@@ -235,28 +240,116 @@ std::size_t StateFileReader::tensor(int parameter, const std::string& slot) cons
   return tensors_.at({parameter, slot});
 }
 
+std::string StateFileReader::header_checksum() const {
+  return file_.metadata().at(std::string(kHeaderChecksumKey));
+}
+
 std::uint64_t StateFileReader::bytes(int parameter, const std::string& slot) const {
-  return file_.tensors()[tensor(parameter, slot)].bytes();
+  if (!is_index_) return file_.tensors()[tensor(parameter, slot)].bytes();
+  const ParameterDescription& described =
+      description_.parameters[static_cast<std::size_t>(parameter)];
+  return bytes_of(dtype_from_name(described.slots.at(slot).dtype, slot), described.value.shape,
+                  slot);
+}
+
+// ---- several files ------------------------------------------------------------------------------
+
+void StateFileReader::describe_by_index(const std::string& index) {
+  try {
+    index_ = rank_index_from_json(parse_json(index, kRanksKey));
+    description_ = description_from_json(parse_json(metadata_.at(kGroups), kGroups));
+    for (ParameterDescription& parameter : description_.parameters) {
+      const std::string where = "parameter '" + parameter.name + "'";
+      for (const auto& [name, slot] : parameter.slots) {
+        if (slot.shape == parameter.value.shape) continue;
+        throw InvalidArgument(where + ": slot '" + name + "' has another shape");
+      }
+      parts_.push_back(parts_from_json(parameter.unknown.value(kPartsKey, Json()),
+                                       index_.files.size(), elements_of(parameter.value.shape),
+                                       where));
+      parameter.unknown.erase(kPartsKey);
+    }
+  } catch (const InvalidArgument& error) {
+    refuse(error.what());
+  } catch (const std::out_of_range&) {
+    refuse("the metadata '" + std::string(kGroups) + "' is missing");
+  }
+  if (!file_.tensors().empty()) refuse("an index of ranks has tensors");
+  files_.resize(index_.files.size());
+  metadata_.erase(kRanksKey);
+}
+
+const SafetensorsReader& StateFileReader::file_of_rank(std::size_t number) {
+  std::unique_ptr<SafetensorsReader>& file = files_[number];
+  if (file) return *file;
+  const RankFile& named = index_.files[number];
+  std::filesystem::path path = path_;
+  path.replace_filename(named.name);
+  auto opened = std::make_unique<SafetensorsReader>(path);
+  const auto checksum = opened->metadata().find(std::string(kHeaderChecksumKey));
+  if (checksum == opened->metadata().end() || checksum->second != named.checksum) {
+    throw FileError(where(path) + ": is not the file that the index " + where(path_) +
+                    " was made of");
+  }
+  file = std::move(opened);
+  return *file;
+}
+
+std::size_t StateFileReader::tensor_of_rank(std::size_t number, const std::string& name,
+                                            std::uint64_t bytes) {
+  const SafetensorsReader& file = file_of_rank(number);
+  const auto found = file.find(name);
+  if (found && bytes <= file.tensors()[*found].bytes()) return *found;
+  refuse("tensor " + in_quotes(name) + " is missing or too short in " +
+         in_quotes(index_.files[number].name));
+}
+
+std::vector<StateFileReader::Piece> StateFileReader::pieces(int parameter, const std::string& slot,
+                                                            ByteRange range) {
+  range.end = std::min(range.end, bytes(parameter, slot));
+  if (!is_index_) {
+    return {{&file_, tensor(parameter, slot), std::min(range.begin, range.end), range.end}};
+  }
+  const auto index = static_cast<std::size_t>(parameter);
+  const ParameterDescription& described = description_.parameters[index];
+  const std::uint64_t size = size_of(dtype_from_name(described.slots.at(slot).dtype, slot));
+  const std::string name = escape_name(described.name) + "/" + escape_name(slot);
+  std::vector<Piece> found;
+  for (const TensorPart& part : parts_[index]) {
+    const std::uint64_t first = static_cast<std::uint64_t>(part.first) * size;
+    const std::uint64_t begin =
+        std::max(range.begin, static_cast<std::uint64_t>(part.begin) * size);
+    const std::uint64_t end = std::min(range.end, static_cast<std::uint64_t>(part.end) * size);
+    if (begin >= end) continue;
+    const std::size_t tensor = tensor_of_rank(part.file, name, end - first);
+    found.push_back({files_[part.file].get(), tensor, begin - first, end - first});
+  }
+  return found;
 }
 
 void StateFileReader::read(int parameter, const std::string& slot, ByteRange range,
                            const TakePiece& take) {
-  std::uint64_t done = 0;
-  file_.read_all(tensor(parameter, slot), [&](const void* data, std::size_t bytes) {
-    const std::uint64_t begin = std::clamp<std::uint64_t>(range.begin, done, done + bytes);
-    const std::uint64_t end = std::clamp<std::uint64_t>(range.end, done, done + bytes);
-    if (begin < end) take(static_cast<const std::byte*>(data) + (begin - done), end - begin);
-    done += bytes;
-  });
+  for (const Piece& piece : pieces(parameter, slot, range)) {
+    std::uint64_t done = 0;
+    piece.file->read_all(piece.tensor, [&](const void* data, std::size_t bytes) {
+      const std::uint64_t begin = std::clamp(piece.begin, done, done + bytes);
+      const std::uint64_t end = std::clamp(piece.end, done, done + bytes);
+      if (begin < end) take(static_cast<const std::byte*>(data) + (begin - done), end - begin);
+      done += bytes;
+    });
+  }
 }
 
 void StateFileReader::read_into(int parameter, const std::string& slot, ByteRange range, void* to) {
-  range.end = std::min(range.end, bytes(parameter, slot));
-  file_.read_range(tensor(parameter, slot), range.begin, range.end, to);
+  auto* next = static_cast<std::byte*>(to);
+  for (const Piece& piece : pieces(parameter, slot, range)) {
+    piece.file->read_range(piece.tensor, piece.begin, piece.end, next);
+    next += piece.end - piece.begin;
+  }
 }
 
-void StateFileReader::verify(int parameter, const std::string& slot, ByteRange) {
-  file_.verify(tensor(parameter, slot));
+void StateFileReader::verify(int parameter, const std::string& slot, ByteRange range) {
+  for (const Piece& piece : pieces(parameter, slot, range)) piece.file->verify(piece.tensor);
 }
 
 // ---- writing ------------------------------------------------------------------------------------
@@ -293,6 +386,14 @@ StateFileWriter::Contents StateFileWriter::contents(const Description& descripti
 void StateFileWriter::write(int parameter, const std::string& slot, const void* data,
                             std::size_t bytes) {
   file_.write(tensors_.at({parameter, slot}), data, bytes);
+}
+
+void write_index(const std::filesystem::path& path, const Description& description,
+                 const RankIndex& index, const Metadata& metadata) {
+  Metadata all = metadata;
+  all[kGroups] = to_json(description, true).dump();
+  all[kRanksKey] = to_json(index).dump();
+  SafetensorsWriter(path, std::move(all), {}).commit();
 }
 
 void write_file(StateSource& source, const Metadata& more, const std::filesystem::path& path) {

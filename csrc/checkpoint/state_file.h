@@ -7,15 +7,19 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
+#include "checkpoint/ranks.h"
 #include "checkpoint/source.h"
 #include "files/safetensors.h"
 
 namespace fusestep::detail {
 
+/// A file, or the files of several ranks by their index. Those are opened when they are needed.
 class StateFileReader final : public StateSource {
  public:
   explicit StateFileReader(const std::filesystem::path& path);
@@ -27,20 +31,37 @@ class StateFileReader final : public StateSource {
   void read_into(int parameter, const std::string& slot, ByteRange range, void* to) override;
   void verify(int parameter, const std::string& slot, ByteRange range) override;
   std::uint64_t bytes(int parameter, const std::string& slot) const;
+  /// Of a file of ours.
+  std::string header_checksum() const;
   [[noreturn]] void refuse(const std::string& problem) const override;
 
  private:
   void describe_by_metadata();
+  void describe_by_index(const std::string& index);
   void describe_by_names();
   void add_slots();
   std::int64_t read_step(std::size_t tensor);
   std::size_t tensor(int parameter, const std::string& slot) const;
+  const SafetensorsReader& file_of_rank(std::size_t file);
+  /// A tensor in a file, and bytes of it.
+  struct Piece {
+    const SafetensorsReader* file;
+    std::size_t tensor;
+    std::uint64_t begin, end;
+  };
+  std::vector<Piece> pieces(int parameter, const std::string& slot, ByteRange range);
+  std::size_t tensor_of_rank(std::size_t file, const std::string& name, std::uint64_t bytes);
 
   std::filesystem::path path_;
   SafetensorsReader file_;
   Description description_;
   Metadata metadata_;  // without what the description was made from
   std::map<std::pair<int, std::string>, std::size_t> tensors_;
+  // Of an index:
+  bool is_index_ = false;
+  RankIndex index_;
+  std::vector<std::unique_ptr<SafetensorsReader>> files_;  // null: not open yet
+  std::vector<std::vector<TensorPart>> parts_;             // of every parameter
 };
 
 class StateFileWriter {
@@ -66,6 +87,10 @@ class StateFileWriter {
 };
 
 void write_file(StateSource& source, const Metadata& more, const std::filesystem::path& path);
+
+/// `description` is of whole parameters, each with its parts.
+void write_index(const std::filesystem::path& path, const Description& description,
+                 const RankIndex& index, const Metadata& metadata);
 
 /// Keys that begin with "fusestep." are not the user's: throws InvalidArgument.
 void check_user_metadata(const Metadata& metadata);

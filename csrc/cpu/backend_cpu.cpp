@@ -89,6 +89,9 @@ class CpuBackend final : public Backend {
   void write_sum(int position, NormSum sum, void*) override {
     norm_parts_[static_cast<std::size_t>(position)] = sum;
   }
+  // The engine has these numbers in its own hands.
+  double* gather_sums(int, void*) override { return nullptr; }
+  void scatter_sums(void*) override {}
 
   void run(const StepRequest& request, void*) override {
     const DefaultFpEnvironment environment;

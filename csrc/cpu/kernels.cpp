@@ -46,6 +46,9 @@ void apply(const TensorRow& row, const ScalarRow& scalar_row, std::int64_t begin
   // It ignores __restrict of local variables, and gives up where that leaves too many pairs to
   // compare: three slots stayed scalar.
 #pragma clang loop vectorize(assume_safety)
+#else
+  // GCC gives up with six arrays: three slots and a master weight.
+#pragma GCC ivdep
 #endif
   for (std::int64_t i = 0; i < count; ++i) {
     Real p;

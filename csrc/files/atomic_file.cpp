@@ -15,6 +15,7 @@
 #include <new>
 #include <random>
 #include <string_view>
+#include <vector>
 
 #include "fusestep/error.h"
 #include "tuning.h"
@@ -33,6 +34,27 @@ std::filesystem::path resolve_links(const std::filesystem::path& path) {
     target = target.parent_path() / next;
   }
   throw_file_error(path, "cannot be written", ELOOP);
+}
+
+FileDescriptor open_directory_of(const std::filesystem::path& file) {
+  const std::filesystem::path parent = file.has_parent_path() ? file.parent_path() : ".";
+  return FileDescriptor(
+      uninterrupted([&] { return open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+}
+
+/// Names; none where the directory cannot be read.
+std::vector<std::string> entries_of(int directory) {
+  std::vector<std::string> names;
+  const int descriptor = fcntl(directory, F_DUPFD_CLOEXEC, 0);
+  if (descriptor < 0) return names;
+  const auto close_stream = [](DIR* stream) { closedir(stream); };
+  const std::unique_ptr<DIR, decltype(close_stream)> entries(fdopendir(descriptor), close_stream);
+  if (!entries) {
+    close(descriptor);
+    return names;
+  }
+  while (const dirent* entry = readdir(entries.get())) names.emplace_back(entry->d_name);
+  return names;
 }
 
 /// A temporary file is NAME.<16 hexadecimal digits>.tmp
@@ -99,9 +121,7 @@ void AtomicFile::remove_temporary() noexcept {
 
 /// Held open: the directory may be renamed while we write, and it must be possible to sync it.
 void AtomicFile::open_directory() {
-  const std::filesystem::path parent = target_.has_parent_path() ? target_.parent_path() : ".";
-  directory_ = FileDescriptor(
-      uninterrupted([&] { return open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  directory_ = open_directory_of(target_);
   if (!directory_.is_open()) throw_file_error(path_, "cannot open its directory", errno);
 }
 
@@ -208,18 +228,27 @@ void AtomicFile::commit() {
 
 /// Of writers that were killed. The file is saved: what goes wrong here is left to the next time.
 void AtomicFile::remove_left_over() const noexcept try {
-  const int descriptor = fcntl(directory_.get(), F_DUPFD_CLOEXEC, 0);
-  if (descriptor < 0) return;
-  const auto close_stream = [](DIR* stream) { closedir(stream); };
-  const std::unique_ptr<DIR, decltype(close_stream)> entries(fdopendir(descriptor), close_stream);
-  if (!entries) {
-    close(descriptor);
-    return;
-  }
   const std::string start = temporary_start(target_.filename().string());
-  while (const dirent* entry = readdir(entries.get())) {
-    if (is_temporary_name(entry->d_name, start))
-      remove_if_left_over(directory_.get(), entry->d_name);
+  for (const std::string& entry : entries_of(directory_.get())) {
+    if (is_temporary_name(entry, start)) remove_if_left_over(directory_.get(), entry.c_str());
+  }
+} catch (const std::bad_alloc&) {
+}
+
+void remove_files(const std::filesystem::path& path,
+                  const std::function<bool(std::string_view name)>& unwanted) noexcept try {
+  const FileDescriptor directory = open_directory_of(path);
+  if (!directory.is_open()) return;
+  constexpr std::size_t end = 1 + kTemporaryDigits + kTemporaryEnd.size();
+  for (const std::string& entry : entries_of(directory.get())) {
+    if (unwanted(entry)) {
+      unlinkat(directory.get(), entry.c_str(), 0);
+    } else if (entry.size() > end) {
+      const std::string name = entry.substr(0, entry.size() - end);
+      if (unwanted(name) && is_temporary_name(entry, name + ".")) {
+        remove_if_left_over(directory.get(), entry.c_str());
+      }
+    }
   }
 } catch (const std::bad_alloc&) {
 }

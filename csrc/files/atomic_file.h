@@ -9,8 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "file_descriptor.h"
 
@@ -52,5 +54,10 @@ class AtomicFile {
   std::uint64_t unsent_begin_ = 0, unsent_end_ = 0;  // written, and not on its way to the disk
   std::string temporary_;  // its name in the directory; empty: there is none
 };
+
+/// Removes files beside `path` whose names are wanted no more, and what killed writers of such
+/// files have left. What cannot be removed stays.
+void remove_files(const std::filesystem::path& path,
+                  const std::function<bool(std::string_view name)>& unwanted) noexcept;
 
 }  // namespace fusestep::detail

@@ -11,5 +11,6 @@
 #include "fusestep/hyper.h"
 #include "fusestep/optimizer.h"
 #include "fusestep/schedule.h"
+#include "fusestep/shard.h"
 #include "fusestep/state_dict.h"
 #include "fusestep/tensor_view.h"

@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,6 +18,7 @@
 #include "fusestep/error.h"
 #include "fusestep/export.h"
 #include "fusestep/hyper.h"
+#include "fusestep/shard.h"
 #include "fusestep/state_dict.h"
 #include "fusestep/tensor_view.h"
 
@@ -27,6 +29,9 @@ struct Parameter {
   std::string name;  ///< unique in the optimizer
   TensorView value;
   TensorView grad = {};  ///< absent: skipped by every step until set_grad()
+  /// Set: value and gradient are a part of a tensor that other processes have the rest of. State is
+  /// saved and found as that of the whole tensor.
+  std::optional<Shard> shard = {};
 };
 
 /// The dtype of slots. Those of float64 parameters are float64 with either of the first two.
@@ -242,6 +247,17 @@ class FUSESTEP_API Optimizer {
   /// device.
   std::int64_t skipped_steps() const;
 
+  /// The norm where several processes have parts of the parameters, in two halves with a sum over
+  /// the processes between them. norm_begin() sums over the gradients here that would step now and
+  /// gives two float64: the sum of squares, and how many elements are infinite or NaN. They are in
+  /// memory of `device`, in the order of its stream, and nobody waits for it; on the CPU they are
+  /// there, and for gradients on a GPU it waits. The caller adds those of all processes to them in
+  /// place (an all-reduce) and calls norm_end(): the next step clips and skips by what they are
+  /// when its stream gets there, so that all processes decide alike. Until then gradients and who
+  /// steps must stay.
+  TensorView norm_begin(Device device = Device::cpu(), std::span<const Stream> streams = {});
+  void norm_end();
+
   /// Bytes of state by slot name; what was bound with bind_slot is not counted.
   std::map<std::string, std::size_t> memory_report() const;
 
@@ -260,7 +276,7 @@ class FUSESTEP_API Optimizer {
   LoadReport load(const StateDict& state, const LoadOptions& options = {});
 
   /// Writes a safetensors file: aside, then on disk, then in the place of `file`. Throws FileError;
-  /// an older file then stays whole.
+  /// an older file then stays whole. With SaveOptions::rank it writes the file of that rank.
   void save(const std::filesystem::path& file, const SaveOptions& options = {});
   /// Copies the state to memory and writes it in the background. What goes wrong there is thrown by
   /// the next save, save_async, load or wait_for_save, which wait for it and then do nothing else.

@@ -20,6 +20,7 @@
 #include "fusestep/error.h"
 #include "fusestep/export.h"
 #include "fusestep/hyper.h"
+#include "fusestep/shard.h"
 
 namespace fusestep {
 
@@ -39,6 +40,7 @@ struct ParameterState {
   std::string name;
   DType dtype = DType::kFloat32;  ///< of the value
   std::vector<std::int64_t> shape;
+  std::optional<Shard> shard = {};  ///< set: this is a part of a tensor
   bool frozen = false;
   std::int64_t step = 0;                     ///< steps taken
   std::map<std::string, StateTensor> slots;  ///< empty: it has never stepped, or its rule has none
@@ -86,6 +88,9 @@ struct SaveOptions {
   bool values = false;
   /// Added to what the optimizer keeps from the file it has loaded.
   Metadata metadata = {};
+  /// Set where several processes save together; commit_ranks() then makes a checkpoint of their
+  /// files.
+  std::optional<SaveRank> rank = {};
   std::span<const Stream> streams = {};
 };
 

@@ -14,6 +14,7 @@ from .memory import memory_of
 from .state import LoadReport, Path, Rename
 
 RULES = ("Adam", "AdamW", "SGD", "RMSprop")
+_OPTIONS = ("state_dtype", "master_weights", "rounding", "seed")
 
 
 class Optimizer:
@@ -23,10 +24,13 @@ class Optimizer:
         rule: "Adam", "AdamW", "SGD" or "RMSprop".
         groups: a dict of names to arrays (one group), or a list of dicts with `params` (such a dict of
             names to arrays), optionally `name`, and hyperparameters of that group.
-        **hyper: hyperparameters of groups that do not set them.
+        **hyper: hyperparameters of groups that do not set them; and how they store, per group too:
+            `state_dtype` ("float32", "bfloat16", or None: the parameter's; otherwise float32, of float64
+            float64), `master_weights` (a float32 copy of 16-bit parameters is stepped, the slot
+            `master_weight`), `rounding` ("nearest" or "stochastic", of bfloat16) and `seed`.
 
-    Arrays are of NumPy, CuPy, or anything with DLPack in CPU memory; float32, float64 or float16 (with
-    float32 state), of any shape, contiguous and writable. They are stepped where they are, and kept
+    Arrays are of NumPy, CuPy, or anything with DLPack in CPU memory; float32, float64, float16 or
+    ml_dtypes' bfloat16, of any shape, contiguous and writable. They are stepped where they are, and kept
     alive. Errors are `fusestep.InvalidArgument` and change nothing.
 
     >>> import numpy, fusestep
@@ -55,8 +59,9 @@ class Optimizer:
         hyper = {**self._hyper, **group}
         arrays = dict(hyper.pop("params"))
         name = str(hyper.pop("name", len(self._groups)))
+        options = {key: hyper.pop(key) for key in _OPTIONS if key in hyper}
         memory = [(key, memory_of(f"parameter '{key}'", array, writable=True)) for key, array in arrays.items()]
-        self._core.add_group(name, self.rule, hyper, memory)
+        self._core.add_group(name, self.rule, hyper, memory, options)
         self._groups.append(name)
         self._arrays.update(arrays)
         self._devices.update(device for _, (*_, device) in memory if device is not None)
@@ -68,15 +73,18 @@ class Optimizer:
         skip: bool = False,
         grad_multiplier: float = 1.0,
         max_grad_norm: float = float("inf"),
+        clip_value: float = float("inf"),
         skip_nonfinite: bool = False,
     ) -> None:
         """One step.
 
         Args:
-            grads: names to arrays of the parameters' shapes and dtypes; those left out or None rest.
+            grads: names to arrays of the parameters' shapes, and of their dtypes or float32; those left
+                out or None rest.
             skip: changes nothing, and is counted.
             grad_multiplier: what gradients are multiplied by as they are read.
             max_grad_norm: clips the norm of all gradients, as torch's `clip_grad_norm_` does.
+            clip_value: limits every element, after that.
             skip_nonfinite: skips if a gradient has an infinite or NaN element.
 
         The GIL is released while it works. On CuPy arrays the work is enqueued on CuPy's current stream.
@@ -91,7 +99,11 @@ class Optimizer:
         }
         for name in self._arrays:
             self._core.set_grad(name, memory.get(name))
-        self._core.step(skip, grad_multiplier, max_grad_norm, skip_nonfinite, _streams(self._devices))
+        self._core.step(skip, grad_multiplier, max_grad_norm, clip_value, skip_nonfinite, _streams(self._devices))
+
+    def refresh_master_weights(self) -> None:
+        """Sets the master weights that exist to the parameters as they are now, for who has written to these."""
+        self._core.refresh_master_weights(_streams(self._devices))
 
     def set_hyper(self, group: str | int = "0", **changed: Any) -> None:
         """Changes hyperparameters of a group from the next step on."""
@@ -227,7 +239,9 @@ class Optimizer:
             )
             for index, p in zip(indices, group["params"], strict=True):
                 slots = {
-                    slot: numpy.frombuffer(contents[index, slot], described["dtype"]).reshape(described["shape"])
+                    slot: numpy.frombuffer(contents[index, slot], _numpy_dtype(described["dtype"])).reshape(
+                        described["shape"]
+                    )
                     for slot, described in p["slots"].items()
                 }
                 count = {} if self.rule == "SGD" else {"step": numpy.asarray(p["step"], numpy.float32)}
@@ -306,6 +320,16 @@ def _addresses(arrays):
     return {key: (array.ctypes.data, array.nbytes) for key, array in arrays.items()}
 
 
+def _numpy_dtype(name):
+    import numpy
+
+    if name != "bfloat16":
+        return numpy.dtype(name)
+    import ml_dtypes  # NumPy has none of its own
+
+    return numpy.dtype(ml_dtypes.bfloat16)
+
+
 def _streams(devices):
     """CuPy's current stream of each device."""
     if not devices:
@@ -324,9 +348,10 @@ def _as_array(owner, memory):
     if device is None:
         import numpy
 
-        interface = {"data": (address, False), "typestr": numpy.dtype(dtype).str, "shape": shape, "version": 3}
+        typestr = "<u2" if dtype == "bfloat16" else numpy.dtype(dtype).str
+        interface = {"data": (address, False), "typestr": typestr, "shape": shape, "version": 3}
         holder = type("Slot", (), {"__array_interface__": interface, "owner": owner})()
-        return numpy.asarray(holder)
+        return numpy.asarray(holder).view(_numpy_dtype(dtype))
     import cupy
 
     elements = cupy.cuda.UnownedMemory(address, 0, owner, device)

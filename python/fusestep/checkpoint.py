@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import _core, state
+from . import _core, precision, state
 from .dtensor import is_dtensor
 from .freezing import refuse_wrong_values
 from .names import listed
@@ -110,6 +110,8 @@ class Checkpoints:
         here = _describe(self, own_names, for_file=False)
         source = open_source(source, _rule(self), _pairs(saved_names))
         saved = source.description
+        if what == "all":
+            _expect_saved_dtypes(here, saved)
         state.check_named_alike(saved, here, is_named)
         state.rename_all(saved, rename)
         state.fill_unknown(saved, {parameter["name"]: parameter for parameter in state.parameters_of(here)})
@@ -196,25 +198,35 @@ def _describe(optimizer, names: list[str], for_file: bool) -> state.Description:
                 "name": name,
                 "rule": _rule(optimizer),
                 "hyper": state.encode_settings(group, f"group '{name}'", pass_over=not for_file),
-                "params": [_describe_parameter(next(name_of_next), p) for p in group["params"]],
+                "params": [_describe_parameter(next(name_of_next), p, group) for p in group["params"]],
             }
         )
     return groups
 
 
-def _describe_parameter(name, p):
+def _describe_parameter(name, p, group):
     if is_dtensor(p):
         raise _core.InvalidArgument(f"parameter '{name}' is distributed: use torch.distributed.checkpoint")
     as_slot = state.describe_tensor(p)
+    dtypes = [as_slot["dtype"]] if p.is_complex() else map(state.name_of_dtype, precision.loadable_dtypes(p, group))
     return {
         "name": name,
         "dtype": state.dtype_name(p),
         "shape": list(p.shape),
         "frozen": not p.requires_grad,
         "slots": {},
-        "slot_dtypes": [as_slot["dtype"], *(["float32"] if p.dtype.itemsize == 2 else [])],
+        "slot_dtypes": list(dtypes),
+        "master_weights": p.dtype.itemsize == 2,  # one that was saved is used, whatever the options
         "slot_shape": as_slot["shape"],
     }
+
+
+def _expect_saved_dtypes(here, saved):
+    """float32 parameters may get bfloat16 state with the setting that says so."""
+    if any(group["hyper"].get("state_dtype") == "bfloat16" for group in saved):
+        for parameter in state.parameters_of(here):
+            if parameter["dtype"] == "float32" and "bfloat16" not in parameter["slot_dtypes"]:
+                parameter["slot_dtypes"].append("bfloat16")
 
 
 # ---- saving ------------------------------------------------------------------------------------
@@ -281,7 +293,17 @@ class _NewState:
             for number, (group, saved) in enumerate(zip(groups, matched["settings"], strict=True))
             if saved >= 0
         ]
+        self._check_options()
         self._states = [self._state_of(saved, slots, *places[here]) for saved, here, slots in matched["parameters"]]
+
+    def _options_of(self, group):
+        """The settings it will have."""
+        taken = (taken for own, taken, _ in self._settings if own is group)
+        return {**group, **next(taken, {})}
+
+    def _check_options(self):
+        for number, group in enumerate(self._optimizer.param_groups):
+            precision.check_group(self._options_of(group), f"group '{group.get('name', number)}'")
 
     def _settings_of(self, number, group, saved):
         """(group, what it takes, numbers for tensors that stay the tensors they are: a schedule knows them)."""
@@ -291,6 +313,8 @@ class _NewState:
             if key in EXECUTION_FLAGS:
                 continue
             value, now = state.decode(encoded, f"{where}: {key}", _make_tensor), group.get(key)
+            if key == "state_dtype" and value is not None:
+                value = dtype_named(value)
             if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
                 taken[key] = value
             elif self._tensors_here[id(now)] == 1:
@@ -307,15 +331,19 @@ class _NewState:
     def _state_of(self, saved, slots, group, p):
         """(parameter, its new state, its new value or None, whether it was frozen)."""
         described = self._saved[saved]
-        of_rule = state.SLOTS[_rule(self._optimizer)]
+        of_rule = (*state.SLOTS[_rule(self._optimizer)], *([precision.MASTER] if p.dtype.itemsize == 2 else []))
+        group = self._options_of(group)
         ordered = [slot for slot in of_rule if slot in slots] + sorted(set(slots).difference(of_rule))
         tensors = {slot: self._read(saved, slot, p, slot in of_rule or slot == "value") for slot in ordered}
         value = tensors.pop("value", None)
         if value is not None and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
             raise _core.InvalidArgument(f"parameter '{described['name']}' is expanded: its value cannot be loaded")
-        own = {slot: _laid_out_like(p, tensor) if slot in of_rule else tensor for slot, tensor in tensors.items()}
+        own = {
+            slot: _laid_out_like(p, tensor, group, slot) if slot in of_rule else tensor
+            for slot, tensor in tensors.items()
+        }
         counts = "step" in described or not own.keys().isdisjoint(of_rule)
-        if own and counts and "step" in self._optimizer._state_names(group):
+        if (own or described.get("step")) and counts and "step" in self._optimizer._names_of_state(p, group):
             count = state.decode(described.get("step", 0.0), "step", _make_tensor)
             own = {"step": self._optimizer._new_step(count, p, group), **own}
         return p, own, value, described.get("frozen", False)
@@ -351,10 +379,9 @@ def _is_number(value):
     return isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1)
 
 
-def _laid_out_like(p, tensor):
+def _laid_out_like(p, tensor, group, slot):
     """With p's strides, as state is made, and of a dtype that p can be stepped with."""
-    wide = p.dtype.itemsize == 2 and tensor.dtype == torch.float32
-    dtype = tensor.dtype if wide else p.dtype
+    dtype = torch.float32 if slot == precision.MASTER else precision.loaded_dtype(p, group, tensor.dtype)
     if tensor.dtype == dtype and tensor.stride() == torch.empty_like(p, device="meta").stride():
         return tensor
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(tensor)
@@ -368,7 +395,7 @@ class _AroundTorchsLoad:
 
     def __init__(self):
         self.other_names = []
-        self._wide = []  # parameter, all names of its state, those slots of it that torch would round
+        self._kept = []  # parameter, all names of its state, those slots that torch would give another dtype
 
     def before(self, optimizer, state_dict):
         try:
@@ -376,31 +403,45 @@ class _AroundTorchsLoad:
         except _core.InvalidArgument:
             return None  # torch says what is wrong
         state_dict = state.counts_by_parameter(state_dict, lambda count: torch.tensor(float(count)))
-        pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+        pairs = list(zip(state_dict["param_groups"], optimizer.param_groups, strict=False))
         self.other_names = [
             f"'{saved}' becomes '{here}'"
             for group, own in pairs
             for saved, here in zip(group.get("param_names", ()), own.get("param_names", ()), strict=False)
             if saved != here
         ]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, index in zip(parameters, state.indices_of(state_dict), strict=False):
-            self._take_out_wide(p, index, state_dict["state"])
-        return state_dict
+        groups = [{**group, **_options_not_in(group, own)} for group, own in pairs]
+        for number, (group, (_, own)) in enumerate(zip(groups, pairs, strict=True)):
+            precision.check_group({**group, "params": own["params"]}, f"group {number}")
+        for group, (_, own) in zip(groups, pairs, strict=True):
+            for index, p in zip(group["params"], own["params"], strict=False):
+                self._take_out(p, group, index, state_dict["state"])
+        rest = state_dict["param_groups"][len(groups) :]  # there are none, or torch refuses
+        return {**state_dict, "param_groups": groups + rest}
 
-    def _take_out_wide(self, p, index, states):
+    def _take_out(self, p, group, index, states):
         own = states.get(index, {})
-        wide = {key: value for key, value in own.items() if _is_wide(p, key, value)}
-        if wide:
-            self._wide.append((p, list(own), wide))
-            states[index] = {key: value for key, value in own.items() if key not in wide}
+        kept = {key: dtype for key, value in own.items() if (dtype := _dtype_torch_would_lose(p, group, key, value))}
+        if kept:
+            self._kept.append((p, list(own), {key: (own[key], dtype) for key, dtype in kept.items()}))
+            states[index] = {key: value for key, value in own.items() if key not in kept}
 
     def after(self, optimizer):
-        for p, names, wide in self._wide:
+        for p, names, kept in self._kept:
             own = optimizer.state[p]
-            optimizer.state[p] = {key: wide[key].to(p.device) if key in wide else own[key] for key in names}
+            optimizer.state[p] = {
+                key: kept[key][0].to(p.device, kept[key][1]) if key in kept else own[key] for key in names
+            }
 
 
-def _is_wide(p, key, value):
-    half = p.dtype in (torch.bfloat16, torch.float16)
-    return half and key != "step" and torch.is_tensor(value) and value.dtype == torch.float32
+def _options_not_in(saved, own):
+    """Options of this optimizer's group, where the saved one comes of an optimizer without."""
+    return {key: own[key] for key in precision.DEFAULTS if key in own and key not in saved}
+
+
+def _dtype_torch_would_lose(p, group, key, value):
+    """That of a slot for which torch would take the parameter's; None where that is right."""
+    if key == "step" or not torch.is_tensor(value) or not (p.is_floating_point() and value.is_floating_point()):
+        return None
+    dtype = torch.float32 if key == precision.MASTER else precision.loaded_dtype(p, group, value.dtype)
+    return None if dtype == p.dtype else dtype

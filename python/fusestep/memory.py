@@ -17,7 +17,7 @@ def memory_of(what: str, array: Any, writable: bool) -> Memory:
     """Reads NumPy's and CuPy's array interfaces, and DLPack for what has neither.
 
     Raises InvalidArgument, beginning with `what`, for memory that is read-only (if `writable`), a copy,
-    not contiguous, or of other dtypes than float32, float64 and float16.
+    not contiguous, or of other dtypes than float32, float64, float16 and ml_dtypes' bfloat16.
     """
 
     def refuse(text):
@@ -38,15 +38,18 @@ def memory_of(what: str, array: Any, writable: bool) -> Memory:
     if interface is None:
         refuse(f"is a {type(array).__name__}, expected an array whose memory can be stepped in place")
     order, kind = interface["typestr"][0], interface["typestr"][1:]
-    if kind not in _DTYPES or order == ">":
-        refuse(f"has dtype {interface['typestr']}, expected float32, float64 or float16 in native byte order")
+    dtype = _DTYPES.get(kind)
+    if kind == "V2" and str(getattr(array, "dtype", "")) == "bfloat16":  # of ml_dtypes; NumPy has no name for it
+        dtype = "bfloat16"
+    if dtype is None or order == ">":
+        refuse(f"has dtype {interface['typestr']}, expected float32, float64, float16 or bfloat16 in native byte order")
     address, readonly = interface["data"]
     if writable and readonly:
         refuse("is read-only")
     shape = tuple(interface["shape"])
     if not _contiguous(shape, interface.get("strides"), int(kind[1])):
         refuse(f"is not contiguous (shape {list(shape)}, strides {list(interface['strides'])} bytes)")
-    return address or 0, _DTYPES[kind], shape, device
+    return address or 0, dtype, shape, device
 
 
 def _contiguous(shape, strides, item):

@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from . import _core
+from . import _core, precision
 from ._core import InvalidArgument
 from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
@@ -59,13 +59,49 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     _skipped_apart = 0  # steps the engine has not seen
 
     def __init__(
-        self, *args, max_grad_norm=None, clip_value=None, skip_nonfinite=False, keep_scaled_grads=False, **kwargs
+        self,
+        *args,
+        state_dtype=None,
+        master_weights=False,
+        rounding="nearest",
+        seed=0,
+        max_grad_norm=None,
+        clip_value=None,
+        skip_nonfinite=False,
+        keep_scaled_grads=False,
+        **kwargs,
     ):
         check_limit("max_grad_norm", max_grad_norm)
         check_limit("clip_value", clip_value)
+        options = {"state_dtype": state_dtype, "master_weights": master_weights, "rounding": rounding, "seed": seed}
+        precision.check_group({**options, "params": []}, type(self).__name__)
+        self._defaults_of_options = precision.given(options)  # torch's constructor adds groups
         super().__init__(*args, **kwargs)
+        self.defaults.update(self.__dict__.pop("_defaults_of_options"))
         self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
         self.skip_nonfinite, self.keep_scaled_grads = bool(skip_nonfinite), bool(keep_scaled_grads)
+
+    def add_param_group(self, param_group):
+        """torch's add_param_group, and changes nothing for options its parameters cannot have."""
+        if isinstance(param_group, dict):
+            for name, value in self.__dict__.get("_defaults_of_options", {}).items():
+                param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+        try:
+            precision.check_group(self.param_groups[-1], f"group {len(self.param_groups) - 1}")
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    def refresh_master_weights(self):
+        """Sets the master weights that exist to the parameters as they are now.
+
+        For who has written to parameters himself: loaded weights, averaged models.
+        """
+        with torch.no_grad():
+            for p, state in self.state.items():
+                if precision.MASTER in state:
+                    state[precision.MASTER].copy_(p)
 
     @_outside_graphs
     @torch.no_grad()
@@ -120,12 +156,12 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     raise _no_capture(self, p, index, "has no gradient; compute one, or freeze the parameter")
 
     def _refuse_unready(self, unready):
-        index, p = unready[0]
+        index, _, p = unready[0]
         group, state = self.param_groups[index], self.state.get(p, {})
         why = _why_torch(p, state, group)
         if why is not None:
             raise _no_capture(self, p, index, f"is left to torch's own step, as one {why}")
-        if any(state.get(name) is None for name in self._state_names(group)):
+        if any(state.get(name) is None for name in self._names_of_state(p, group)):
             raise _no_capture(self, p, index, "has no state yet; make one step outside of the capture first")
         raise _no_capture(self, p, index, "or its gradient or state is laid out so that the step must copy it")
 
@@ -151,32 +187,35 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
         if found_inf is not None and float(found_inf) != 0:
             return self._skip(None)  # waits for the device, so that a skipped step makes no state
+        why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, _, p in unready}
+        for index, position, p in unready:
+            self._refuse_torch(why[p], index, position, p)
         if loss_scale is not None and not self.keep_scaled_grads:
             unscale(self.param_groups, loss_scale, None)
             loss_scale = None
-        why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, p in unready}
         # The engine has their addresses: they live until it has stepped.
-        grads = {p: grad_placed_as(p) for _, p in unready if why[p] is None}
+        grads = {p: grad_placed_as(p) for _, _, p in unready if why[p] is None}
         norm, pairs = None, [(p, grads.get(p, grad)) for p, grad in self._pairs()]
         if self._measures() and (self.skip_nonfinite or is_sharded(pairs)):
             norm = CommonNorm(pairs, loss_scale)
             if self.skip_nonfinite and float(norm.nonfinite) != 0:
                 return self._skip(norm)
         left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
-        for index, p in unready:
+        for index, position, p in unready:
+            group, state = self.param_groups[index], self.state.get(p, {})
             if why[p] is None:
-                group, state = self.param_groups[index], self.state.get(p, {})
-                if _complete(state, self._state_names(group), p, group):
+                if _complete(state, self._names_of_state(p, group), p, group):
                     fresh.add(p)
                 if state:
                     self.state[p] = state
-                if self._stepper.add(index, p, grads[p], state, p in fresh):
+                if self._stepper.add(index, position, p, grads[p], state, p in fresh):
                     continue
                 copy = _DenseCopy(p, grads[p], state)
-                if self._stepper.add(index, copy.value, copy.grad, copy.state, p in fresh):
+                if self._stepper.add(index, position, copy.value, copy.grad, copy.state, p in fresh):
                     copies.append(copy)
                     continue
                 why[p] = "whose gradient or state has another dtype or shape"
+                self._refuse_torch(why[p], index, position, p)
             left_to_torch[index].append((p, why[p]))
         if self._measures() and norm is None and (any(left_to_torch) or self._stepper.takes_turns()):
             norm = CommonNorm(pairs, loss_scale)
@@ -187,6 +226,15 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         for copy in copies:
             copy.write_back()
         torch.autograd.graph.increment_version([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
+
+    def _refuse_torch(self, why, index, position, p):
+        """Raises InvalidArgument where torch's own step would leave out what the group asks for."""
+        needed = precision.effect_on(p, self.param_groups[index], self.state.get(p, {}))
+        if why is not None and needed is not None:
+            raise _core.InvalidArgument(
+                f"parameter {position} of {p.dtype} has {needed}, but parameters {why} are left to torch's own step, "
+                "which has not"
+            )
 
     def _skip(self, norm):
         """A step that the host knows to be skipped."""
@@ -216,6 +264,13 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             _without_hooks(self._torch_class.step)(stand_in)
         for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
             _warn_once(type(self).__name__, why)
+
+    def _names_of_state(self, p, group):
+        """What a parameter steps with, in the order in which it is made."""
+        names = self._state_names(group)
+        if precision.is_stochastic(group) and "step" not in names:
+            names = ("step", *names)  # the random bits are a function of it
+        return (*names, precision.MASTER) if precision.has_master(p, group) else names
 
     @property
     def grad_norm(self):
@@ -360,8 +415,12 @@ def _complete(state, names, p, group):
         value = state.get(name)
         if name == "step":
             state[name] = _step_tensor(value, p, group)
+        elif value is None and name == precision.MASTER:
+            state[name] = precision.new_master(p)
         elif value is None:
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            others = (state.get(other) for other in names if other not in ("step", precision.MASTER, name))
+            dtype = next((slot.dtype for slot in others if torch.is_tensor(slot)), precision.state_dtype(p, group))
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             made_buffer = made_buffer or name == "momentum_buffer"
     return made_buffer
 

@@ -209,6 +209,8 @@ def encode(value: Any, where: str) -> Any:
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
+    if type(value).__name__ == "dtype" and type(value).__module__ == "torch":
+        return name_of_dtype(value)
     if isinstance(value, numbers.Real):
         value = float(value)
         return value if math.isfinite(value) else {"float": repr(value)}
@@ -239,7 +241,11 @@ def decode(value: Any, where: str, make_tensor: Callable[[Any, str], Any]) -> An
 
 def dtype_name(array: Any) -> str:
     """ "float32" of tensors and arrays."""
-    return str(array.dtype).removeprefix("torch.")
+    return name_of_dtype(array.dtype)
+
+
+def name_of_dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- slots -------------------------------------------------------------------------------------

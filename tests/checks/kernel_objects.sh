@@ -33,7 +33,7 @@ case $check in
     objdump -d -C --no-show-raw-insn "$object" | awk -v register="$register" '
       /^[0-9a-f]+ <.*>:$/ {
         name = ""
-        # apply<fusestep::Adam<false>, fusestep::detail::Layout<float, float, float> >
+        # apply<fusestep::Adam<false>, fusestep::detail::Layout<float, float, float, void, ...> >
         if (match($0, /apply<fusestep::.*Layout<[^>]*>/)) {
           name = substr($0, RSTART + 6, RLENGTH - 6)
           gsub(/fusestep::(detail::)?/, "", name)
@@ -65,8 +65,8 @@ case $check in
           }
         }
         for (rule in rules) {
-          if (!((rule ", Layout<float, float, float>") in seen) ||
-              !((rule ", Layout<double, double, double>") in seen)) {
+          if (!((rule ", Layout<float, float, float, void, (Extra)0>") in seen) ||
+              !((rule ", Layout<double, double, double, void, (Extra)0>") in seen)) {
             print "no loops of float32 and float64 for " rule
             failed = 1
           }

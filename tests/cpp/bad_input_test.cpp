@@ -165,10 +165,6 @@ std::vector<BadInput> bad_states() {
           },
           mismatch + "*missing     1     a/exp_avg\n"),
       bad_state(
-          "state_slot_unknown",
-          [](StateDict& state) { state.state[0].slots["m"] = state.state[0].slots["exp_avg"]; },
-          mismatch + "*unexpected  1     a/m\n"),
-      bad_state(
           "state_rule", [](StateDict& state) { state.param_groups[1].hyper = AdamHyper{}; },
           mismatch + "*head rule saved Adam here SGD\n"),
       bad_state(

@@ -7,13 +7,17 @@
 //   file_probe write FILE    writes what the JSON on standard input describes
 //   file_probe check         for each name of a file on standard input: "ok", or what is wrong
 //
+//   file_probe ranks FILE    three ranks of an optimizer of two parameters step twice and save this
+//
 // Exit code 3 and the message if an Error is thrown.
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
 #include "files/safetensors.h"
 #include "fusestep/error.h"
+#include "fusestep/fusestep.h"
 
 namespace {
 
@@ -88,6 +92,32 @@ void check() {
   }
 }
 
+/// Adam over "w" of shape [5, 2], value 0.5 and gradient its index, and "b" of shape [2].
+void save_ranks(const char* file) {
+  constexpr int world = 3;
+  for (int rank = 0; rank < world; ++rank) {
+    const std::int64_t first = 10 * rank / world, count = 10 * (rank + 1) / world - first;
+    const std::int64_t b_count = rank < 2 ? 1 : 0;
+    std::vector<float> w(static_cast<std::size_t>(count), 0.5f), w_grad(w.size());
+    for (std::size_t i = 0; i < w_grad.size(); ++i) {
+      w_grad[i] = static_cast<float>(first + static_cast<std::int64_t>(i));
+    }
+    std::vector<float> b(1, 0.5f), b_grad(1, 1.0f);
+    fusestep::Optimizer optimizer;
+    optimizer.add_group(
+        "0", fusestep::AdamHyper{.lr = 0.125},
+        {{"w", fusestep::view(w.data(), {count}), fusestep::view(w_grad.data(), {count}),
+          fusestep::Shard{first, {5, 2}}},
+         {"b", fusestep::view(b.data(), {b_count}), fusestep::view(b_grad.data(), {b_count}),
+          fusestep::Shard{std::min(rank, 2), {2}}}});
+    for (int step = 0; step < 2; ++step) optimizer.step();
+    optimizer.save(
+        file,
+        {.values = true, .metadata = {{"epoch", "4"}}, .rank = fusestep::SaveRank{rank, world, 7}});
+  }
+  fusestep::commit_ranks(file, world, 7);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -95,6 +125,7 @@ int main(int argc, char** argv) {
   try {
     if (command == "list" && argc == 3) return list(argv[2]), 0;
     if (command == "write" && argc == 3) return write(argv[2]), 0;
+    if (command == "ranks" && argc == 3) return save_ranks(argv[2]), 0;
     if (command == "check" && argc == 2) return check(), 0;
   } catch (const fusestep::Error& error) {
     std::cout << error.what() << '\n';

@@ -37,6 +37,8 @@ class PaperBackend final : public Backend {
   NormSum read_sum(int, void*) override { return {}; }
   void copy_sum(int, Backend&, void*, void*) override {}
   void write_sum(int, NormSum, void*) override {}
+  double* gather_sums(int, void*) override { return nullptr; }
+  void scatter_sums(void*) override {}
   void run(const StepRequest&, void*) override {}
   void copy_grad_norm(double*, void*) override {}
   StepState read_state(int) override { return {}; }

@@ -287,8 +287,8 @@ inline std::vector<RuleCase> variant_cases() {
           {"sgd_momentum", SgdHyper{.momentum = 0.9, .nesterov = true}},
           {"rmsprop", RmspropHyper{}},
           {"rmsprop_momentum", RmspropHyper{.momentum = 0.9}},
-          {"rmsprop_centered", RmspropHyper{.centered = true}},
-          {"rmsprop_both", RmspropHyper{.momentum = 0.9, .centered = true}}};
+          {"rmsprop_centered", RmspropHyper{.eps = 1e-4, .centered = true}},
+          {"rmsprop_both", RmspropHyper{.eps = 1e-4, .momentum = 0.9, .centered = true}}};
 }
 
 }  // namespace fusestep::test

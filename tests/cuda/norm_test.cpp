@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <deque>
 
+#include "own_stream.h"
 #include "twins.h"
 
 namespace fusestep::test {
@@ -84,6 +86,20 @@ TEST_P(Norm, CountsAndSkipsWhatIsNotFinite) {
   EXPECT_EQ(3, twins.cuda.skipped_steps());
 }
 
+TEST_P(Norm, InTwoHalvesIsTheSame) {
+  Twins twins(groups_of(GetParam()));
+  const std::vector<double> pool = ordinary_pool();
+  for (std::uint64_t step = 0; step < 6; ++step) {
+    twins.fill_grads(pool, step);
+    if (step == 2) twins.both([](Optimizer& o) { o.freeze("b.0"); });
+    twins.cuda.norm_begin(step % 2 == 0 ? Device::cuda(0) : Device::cpu());
+    twins.cuda.norm_end();
+    twins.step({.max_grad_norm = 0.5, .skip_nonfinite = true});
+    EXPECT_EQ(bits(twins.cpu.last_grad_norm().norm), bits(twins.cuda.last_grad_norm().norm));
+  }
+  twins.expect_equal("at the end");
+}
+
 INSTANTIATE_TEST_SUITE_P(Layouts, Norm, testing::ValuesIn(kLayoutCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
@@ -94,6 +110,47 @@ TEST(NormOfManyBlocks, TakesSeveralRounds) {
   twins.fill_grads(ordinary_pool(), 1);
   const GradNorm cpu = twins.cpu.grad_norm(), cuda = twins.cuda.grad_norm();
   EXPECT_EQ(bits(cpu.norm), bits(cuda.norm));
+}
+
+/// The sums of another process arrive on the stream after norm_begin() and norm_end() have
+/// returned.
+TEST(NormHalves, AreWhatTheyAreWhenTheStreamGetsThere) {
+  FUSESTEP_NEED_DEVICES(1);
+  const OwnStream own;
+  const Stream streams[] = {own.view()};
+  Twins twins({{"g", AdamHyper{.lr = 1e-2}, kLayoutCases[0], {{5000}, {17}}}});
+  std::deque<DeviceMemory> sent;
+  const double sums[][2] = {{100.0, 0.0}, {1e-3, 0.0}, {100.0, 1.0}, {HUGE_VAL, 2.0}, {0.25, 0.0}};
+  std::int64_t skipped = 0;
+  for (const auto& reduced : sums) {
+    twins.fill_grads(ordinary_pool(), static_cast<std::uint64_t>(skipped));
+    DeviceMemory& others = sent.emplace_back(sizeof reduced, 0);
+    others.upload(reduced);
+    check(cudaDeviceSynchronize());
+    const TensorView on_host = twins.cpu.norm_begin();
+    const TensorView on_device = twins.cuda.norm_begin(Device::cuda(0), streams);
+    EXPECT_EQ(on_device.shape, (std::vector<std::int64_t>{2}));
+    EXPECT_EQ(on_device.device, Device::cuda(0));
+    std::memcpy(on_host.data, reduced, sizeof reduced);
+    check(cudaMemcpyAsync(on_device.data, others.data(), sizeof reduced, cudaMemcpyDeviceToDevice,
+                          own.get()));
+    twins.cpu.norm_end();
+    twins.cuda.norm_end();
+    const StepOptions options{.max_grad_norm = 0.5, .skip_nonfinite = true};
+    twins.cpu.step(options);
+    StepOptions on_stream = options;
+    on_stream.streams = streams;
+    twins.cuda.step(on_stream);
+    const GradNorm cpu = twins.cpu.last_grad_norm(), cuda = twins.cuda.last_grad_norm();
+    EXPECT_EQ(bits(cpu.norm), bits(std::sqrt(reduced[0])));
+    EXPECT_EQ(bits(cpu.norm), bits(cuda.norm));
+    EXPECT_EQ(cuda.nonfinite, static_cast<std::int64_t>(reduced[1]));
+    skipped += reduced[1] != 0 ? 1 : 0;
+    EXPECT_EQ(twins.cuda.skipped_steps(), skipped);
+    EXPECT_EQ(twins.cpu.skipped_steps(), skipped);
+    check(cudaDeviceSynchronize());
+    twins.expect_equal("sum of squares " + std::to_string(reduced[0]));
+  }
 }
 
 /// One tensor per device, the same numbers on CPU memory for one optimizer that has them all; two
@@ -208,6 +265,53 @@ TEST(DevicesOfOneOptimizer, CpuAndThreeCuda) {
   FUSESTEP_NEED_DEVICES(3);
   Devices devices({Device::cuda(1), Device::cpu(), Device::cuda(2), Device::cuda(0)}, AdamHyper{});
   expect_devices_share_everything(devices);
+}
+
+TEST(DevicesOfOneOptimizer, TakeTheSumsOfAllProcesses) {
+  FUSESTEP_NEED_DEVICES(3);
+  for (const Device where : {Device::cuda(0), Device::cuda(1), Device::cpu()}) {
+    for (const bool with_cpu : {false, true}) {
+      std::vector<Device> devices_of = {Device::cuda(1), Device::cuda(2), Device::cuda(0)};
+      if (with_cpu) devices_of.push_back(Device::cpu());
+      Devices devices(devices_of, SgdHyper{.lr = 1.0});
+      const double norm = devices.cpu.grad_norm().norm;
+      for (int i = 0; i < 3; ++i) {
+        const TensorView cpu = devices.cpu.norm_begin(), mixed = devices.mixed.norm_begin(where);
+        double sums[2] = {};
+        if (where.is_cuda()) {
+          const CurrentDevice current(where.index);
+          check(cudaDeviceSynchronize());
+          check(cudaMemcpy(sums, mixed.data, sizeof sums, cudaMemcpyDeviceToHost));
+        } else {
+          std::memcpy(sums, mixed.data, sizeof sums);
+        }
+        EXPECT_NEAR(sums[0], static_cast<double*>(cpu.data)[0], sums[0] * 1e-14);
+        std::memcpy(cpu.data, sums, sizeof sums);
+        devices.cpu.norm_end();
+        devices.mixed.norm_end();
+        devices.step({.max_grad_norm = norm / 3});
+        devices.expect_equal("step " + std::to_string(i) + ", sums on " + to_string(where));
+      }
+    }
+  }
+}
+
+TEST(DevicesOfOneOptimizer, NormWhereNothingSteps) {
+  FUSESTEP_NEED_DEVICES(3);
+  Devices devices({Device::cuda(1)}, SgdHyper{});
+  EXPECT_THROW(devices.mixed.norm_begin(Device::cuda(2)), InvalidArgument);
+  EXPECT_THROW(devices.mixed.norm_begin(Device::cuda(77)), InvalidArgument);
+  devices.step({.max_grad_norm = 1.0});  // as if it had not been asked for
+  devices.mixed.freeze("p0");
+  const TensorView none = devices.mixed.norm_begin(Device::cuda(1));
+  const CurrentDevice current(1);
+  check(cudaDeviceSynchronize());
+  double sums[2] = {1, 1};
+  check(cudaMemcpy(sums, none.data, sizeof sums, cudaMemcpyDeviceToHost));
+  EXPECT_EQ(sums[0], 0.0);
+  EXPECT_EQ(sums[1], 0.0);
+  devices.mixed.norm_end();
+  devices.mixed.step({.max_grad_norm = 1.0});
 }
 
 TEST(DevicesOfOneOptimizer, ClipByTheNormOfAll) {

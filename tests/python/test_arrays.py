@@ -108,7 +108,7 @@ REFUSED = {
         r"parameter 'w' is not contiguous \(shape \[3\], strides \[8\] bytes\)",
     ),
     "Fortran order": (lambda: numpy.ones((2, 3), numpy.float32, order="F"), "is not contiguous"),
-    "integers": (lambda: numpy.ones(3, numpy.int32), "has dtype <i4, expected float32, float64 or float16"),
+    "integers": (lambda: numpy.ones(3, numpy.int32), "has dtype <i4, expected float32, float64, float16 or bfloat16"),
     "other byte order": (lambda: numpy.ones(3, ">f4"), "has dtype >f4"),
     "GPU memory": (gpu_array, "is GPU memory of a Array, and of that only CuPy's arrays can be stepped"),
     "JAX": (jax_array, "is a JAX array, and those are immutable: there is no memory to step in place"),
@@ -281,8 +281,72 @@ def test_gil_is_released():
     running.wait()
     begin = time.perf_counter()
     for _ in range(5):
-        optimizer._core.step(False, 1.0, float("inf"), False, [])
+        optimizer._core.step(False, 1.0, float("inf"), float("inf"), False, [])
     end = time.perf_counter()
     running.clear()
     thread.join()
     assert sum(begin < t < end for t in ticks) >= 5
+
+
+# ---- mixed precision ---------------------------------------------------------------------------
+
+
+def run_against_float32(dtype, **options):
+    """(parameter, slots) of 5 steps, and the float32 run of the same gradients."""
+    start = numpy.linspace(-1, 1, 64, dtype=numpy.float32).astype(dtype)
+    w, wide = start.copy(), start.astype(numpy.float32)
+    optimizer, reference = fusestep.Optimizer("Adam", {"w": w}, **options), fusestep.Optimizer("Adam", {"w": wide})
+    for step in range(5):
+        grad = (numpy.arange(64) % 7 - 3).astype(numpy.float32) / (step + 1)
+        optimizer.step({"w": grad})
+        reference.step({"w": grad})
+    return w, optimizer.slots("w"), wide, reference.slots("w")
+
+
+def test_master_weights_are_the_float32_run():
+    w, slots, wide, expected = run_against_float32(numpy.float16, master_weights=True)
+    assert (slots.pop("master_weight") == wide).all() and (w == wide.astype(numpy.float16)).all()
+    assert all((slots[name] == expected[name]).all() for name in expected)
+
+
+def test_bfloat16_arrays():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    w, slots, wide, _ = run_against_float32(ml_dtypes.bfloat16, master_weights=True, state_dtype="bfloat16")
+    assert slots["exp_avg"].dtype == ml_dtypes.bfloat16 and w.dtype == ml_dtypes.bfloat16
+    assert (w == slots["master_weight"].astype(ml_dtypes.bfloat16)).all()
+    assert numpy.abs(slots["master_weight"] - wide).max() < 1e-4
+    first, second, other = (
+        run_against_float32(ml_dtypes.bfloat16, rounding="stochastic", seed=seed)[0] for seed in (1, 1, 2)
+    )
+    assert (first == second).all() and (first != other).any()
+
+
+def test_refresh_master_weights():
+    w = numpy.ones(4, numpy.float16)
+    optimizer = fusestep.Optimizer("SGD", [{"params": {"w": w}, "master_weights": True}], lr=0.5)
+    optimizer.step({"w": numpy.ones(4, numpy.float16)})
+    w[:] = 3
+    optimizer.refresh_master_weights()
+    optimizer.step({"w": numpy.ones(4, numpy.float16)})
+    assert (w == 2.5).all()
+
+
+def test_clip_value():
+    w = numpy.zeros(3, numpy.float32)
+    optimizer = fusestep.Optimizer("SGD", {"w": w}, lr=1.0)
+    optimizer.step({"w": numpy.array([-5, 0.25, 5], numpy.float32)}, clip_value=0.5)
+    assert (w == [0.5, -0.25, -0.5]).all()
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"state_dtype": "float64"}, "state_dtype cannot be 'float64'"),
+        ({"rounding": "up"}, "rounding cannot be 'up'"),
+        ({"state_dtype": "bfloat16"}, "parameter 'w'.*no layout for values of float16"),
+        ({"rounding": "stochastic"}, "parameter 'w'.*no layout for values of float16"),
+    ],
+)
+def test_options_that_are_refused(options, text):
+    with pytest.raises(fusestep.InvalidArgument, match=text):
+        fusestep.Optimizer("Adam", {"w": numpy.ones(3, numpy.float16)}, **options)

@@ -17,6 +17,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+import fusestep
+
 PROBE = os.environ.get("FUSESTEP_FILE_PROBE")
 if PROBE is None:
     pytest.skip("FUSESTEP_FILE_PROBE is not set", allow_module_level=True)
@@ -214,3 +216,35 @@ def test_we_accept_what_the_public_reader_accepts(tmp_path):
             assert verdict != "ok", content
         accepted += verdict == "ok"
     assert 100 < accepted < len(files) / 2
+
+
+def test_python_loads_what_ranks_of_a_cpp_program_have_saved(tmp_path):
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("fusestep.optim")
+    file = tmp_path / "state.safetensors"
+    assert probe("ranks", file) == ""
+
+    def parameters():
+        return {"b": torch.nn.Parameter(torch.full((2,), 0.5)), "w": torch.nn.Parameter(torch.full((5, 2), 0.5))}
+
+    control = parameters()
+    expected = optim.Adam(control.items(), lr=0.125)
+    control["w"].grad, control["b"].grad = torch.arange(10.0).reshape(5, 2), torch.ones(2)
+    for _ in range(2):
+        expected.step()
+    loaded = parameters()
+    optimizer = optim.Adam(loaded.items(), lr=0.5)
+    report = optimizer.load(file)
+    assert report.complete and report.metadata == {"epoch": 4} and optimizer.param_groups[0]["lr"] == 0.125
+    arrays = {name: numpy.full(p.shape, 0.5, numpy.float32) for name, p in loaded.items()}
+    other = fusestep.Optimizer("Adam", arrays)
+    other.load(file)
+    for name, p in loaded.items():
+        assert torch.equal(p, control[name]) and numpy.array_equal(arrays[name], p.detach().numpy())
+        assert other.step_count(name) == 2
+        for slot, value in expected.state[control[name]].items():
+            assert torch.equal(optimizer.state[p][slot], value)
+            assert slot == "step" or numpy.array_equal(other.slots(name)[slot], value.numpy())
+    # The file of one rank has a part of each: it fits nowhere else.
+    with pytest.raises(fusestep.LoadError, match=r"w shard saved elements 3 to 6 of \[5, 2\] here elements 0 to 10 of"):
+        optimizer.load(tmp_path / "state.7.1-of-3.safetensors")

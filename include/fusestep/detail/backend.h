@@ -60,6 +60,12 @@ class Backend {
   virtual void copy_sum(int position, Backend& from, void* from_stream, void* stream) = 0;
   /// Part `position` is this.
   virtual void write_sum(int position, NormSum sum, void* stream) = 0;
+  /// Parts [0, parts) together, as two doubles that others may be added to: squares and nonfinite.
+  /// On this device, where they stay for its life; no waiting here. Throws OutOfMemory. These two
+  /// are not asked of the CPU.
+  virtual double* gather_sums(int parts, void* stream) = 0;
+  /// Part 0 is what these two are when the stream gets here.
+  virtual void scatter_sums(void* stream) = 0;
 
   /// prepare, then apply for every bucket.
   virtual void run(const StepRequest& request, void* stream) = 0;

@@ -84,4 +84,16 @@ FUSESTEP_HD Real max_or_nan(Real a, Real b) {
   return b > a || b != b ? b : a;
 }
 
+/// The number in [-limit, limit] that is nearest to x; NaN stays NaN. The same function twice: host
+/// compilers make a minimum and a maximum of the one, and with the other no kernel spills.
+template <class Real>
+FUSESTEP_HD Real clamp(Real x, Real limit) {
+#if defined(__CUDA_ARCH__)
+  return x > limit ? limit : x < -limit ? -limit : x;
+#else
+  x = limit < x ? limit : x;
+  return -limit > x ? -limit : x;
+#endif
+}
+
 }  // namespace fusestep::detail

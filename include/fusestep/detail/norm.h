@@ -26,6 +26,18 @@ FUSESTEP_HD NormSum add(NormSum a, NormSum b) {
   return {a.squares + b.squares, a.nonfinite + b.nonfinite};
 }
 
+/// The shares of all devices, in their order.
+FUSESTEP_HD NormSum add_all(const NormSum* parts, int count) {
+  NormSum total;
+  for (int i = 0; i < count; ++i) total = add(total, parts[i]);
+  return total;
+}
+
+/// Of two doubles that went through a sum over processes.
+FUSESTEP_HD NormSum norm_sum_of(const double* sums) {
+  return {sums[0], static_cast<std::int64_t>(sums[1])};
+}
+
 FUSESTEP_HD bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 FUSESTEP_HD bool is_finite(double x) { return x - x == 0; }
 

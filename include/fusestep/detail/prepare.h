@@ -52,8 +52,7 @@ FUSESTEP_HD StepDecision decide(const StepRequest& request, const NormSum* parts
   const double unscale = 1.0 / request.loss_scale.get();
   double multiplier = request.grad_multiplier.get() * unscale;
   bool skip = request.skip.get() != 0.0;
-  NormSum total;
-  for (int i = 0; i < request.norm_parts; ++i) total = add(total, parts[i]);
+  const NormSum total = add_all(parts, request.norm_parts);
   double norm = __builtin_nan("");
   if (request.norm_parts != 0) {
     const double magnitude = multiplier < 0 ? -multiplier : multiplier;

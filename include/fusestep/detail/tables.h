@@ -113,10 +113,7 @@ struct alignas(16) ScalarRow {
 /// A gradient as the rule sees it. NaN stays NaN.
 template <class R, class Real>
 FUSESTEP_HD Real scaled_and_clipped(const RuleScalars<R, Real>& scalars, Real grad) {
-  const Real limit = scalars.clip_value;
-  Real g = scalars.grad_multiplier * grad;
-  g = limit < g ? limit : g;
-  return -limit > g ? -limit : g;
+  return clamp(scalars.grad_multiplier * grad, scalars.clip_value);
 }
 
 /// Sum of squares of gradients and how many of their elements are not finite.

@@ -1,0 +1,117 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a group that say in which dtypes its parameters keep what they have learned.
+
+`state_dtype`, `master_weights`, `rounding` and `seed` stand in `param_groups` where they were given, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ._core import InvalidArgument
+from .tables import shape_text
+
+MASTER = "master_weight"
+DEFAULTS = {"state_dtype": None, "master_weights": False, "rounding": "nearest", "seed": 0}
+
+_HALVES = (torch.bfloat16, torch.float16)
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
+# Beside their own; of other dtypes state has the parameter's.
+_OTHER_STATE = {
+    torch.float32: torch.bfloat16,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that say something else than the default; a seed where it is of use."""
+    found = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+    return {name: value for name, value in options.items() if name in found or (name == "seed" and "rounding" in found)}
+
+
+def state_dtype(p: torch.Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Of slots that are made."""
+    return group.get("state_dtype") or p.dtype
+
+
+def has_master(p: torch.Tensor, group: Mapping[str, Any]) -> bool:
+    return p.dtype in _HALVES and bool(group.get("master_weights"))
+
+
+def is_stochastic(group: Mapping[str, Any]) -> bool:
+    return group.get("rounding") == "stochastic"
+
+
+def new_master(p: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(p.detach())
+
+
+def loaded_dtype(p: torch.Tensor, group: Mapping[str, Any], saved: torch.dtype) -> torch.dtype:
+    """What state of this dtype becomes: float32 is never rounded, and where it is asked for all becomes float32."""
+    kept = saved == torch.float32 and p.dtype in _HALVES
+    return saved if kept or saved == p.dtype == torch.float32 else state_dtype(p, group)
+
+
+def loadable_dtypes(p: torch.Tensor, group: Mapping[str, Any]) -> list[torch.dtype]:
+    """Those that are taken without being asked to convert: what is expected first."""
+    possible = [state_dtype(p, group), p.dtype, *([torch.float32] if p.dtype in _HALVES else [])]
+    return list(dict.fromkeys(possible))
+
+
+def effect_on(p: torch.Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+    """What torch's own step would not do for this parameter; None if there is nothing."""
+    if has_master(p, group) or (p.dtype in _HALVES and MASTER in state):
+        return "master weights"
+    if is_stochastic(group) and torch.bfloat16 in (p.dtype, state_dtype(p, group)):
+        return "stochastic rounding"
+    return None if state_dtype(p, group) == p.dtype else f"state of {state_dtype(p, group)}"
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Raises InvalidArgument for options that are none, and for those its parameters cannot have."""
+    options = {name: group.get(name, default) for name, default in DEFAULTS.items()}
+    _check_values(options, where)
+    stochastic, master = is_stochastic(options), bool(options["master_weights"])
+    if stochastic and master:
+        raise InvalidArgument(
+            f"{where}: rounding='stochastic' is for parameters without master weights, which lose nothing to be kept"
+        )
+    if group.get("differentiable") and given(options):
+        raise InvalidArgument(f"{where}: {', '.join(given(options))}: not with differentiable=True, torch's own step")
+    names = group.get("param_names", ())
+    for index, p in enumerate(group["params"]):
+        name = f"'{names[index]}'" if index < len(names) else f"{index} of shape {shape_text(p.shape)}"
+        _check_parameter(p, options, f"{where}, parameter {name} of {p.dtype}")
+
+
+def _check_values(options, where):
+    def require(name, holds, expected):
+        if not holds(options[name]):
+            raise InvalidArgument(f"{where}: {name} must be {expected}, got {options[name]!r}")
+
+    require("state_dtype", lambda dtype: dtype is None or dtype in _STATE_DTYPES, f"None or one of {_STATE_DTYPES}")
+    require("master_weights", lambda flag: isinstance(flag, (bool, int)) and flag in (0, 1), "True or False")
+    require("rounding", lambda name: name in ("nearest", "stochastic"), "'nearest' or 'stochastic'")
+    is_seed = lambda seed: isinstance(seed, numbers.Integral) and 0 <= seed < 2**64  # noqa: E731
+    require("seed", is_seed, "an integer from 0 to 2**64 - 1")
+
+
+def _check_parameter(p, options, where):
+    dtype = options["state_dtype"]
+    other = _OTHER_STATE.get(p.dtype)
+    if dtype not in (None, p.dtype, other):
+        raise InvalidArgument(f"{where}: state_dtype={dtype} is not to be had, {' or '.join(_possible(p, other))} is")
+    if is_stochastic(options) and p.dtype == torch.float16:
+        raise InvalidArgument(f"{where}: rounding='stochastic' is for torch.bfloat16; float16 has master_weights=True")
+
+
+def _possible(p, other):
+    own = [str(p.dtype)] if p.dtype in _STATE_DTYPES else ["None"]
+    return own if other is None else [*own, str(other)]
