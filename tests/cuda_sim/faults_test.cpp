@@ -405,6 +405,46 @@ TEST_F(Faults, KernelThatFailsWhileItRuns) {
   }
 }
 
+/// Nothing runs in a capture: whatever fails, the optimizer is as it was and can be used.
+TEST_F(Faults, AFailedCaptureIsNoFailedStep) {
+  // The first two ask whether there is one: an error there is that of a step.
+  for (std::int64_t call = 2;; ++call) {
+    cuda_sim::reset(static_cast<std::uint64_t>(call), cuda_sim::Policy::kLate);
+    Twins twins({{"a", AdamHyper{}, kLayoutCases[0], {{700}, {3}}},
+                 {"b", SgdHyper{}, kLayoutCases[0], {{700}, {3}}}});
+    cudaDeviceSynchronize();
+    cudaStream_t handle = nullptr;
+    check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking));
+    const Stream stream{Device::cuda(), static_cast<void*>(handle)};
+    const StepOptions options{.max_grad_norm = 1.0, .streams = {&stream, 1}};
+    twins.cpu.step({.max_grad_norm = 1.0});
+    twins.cuda.step(options);
+    twins.use_grads(1);  // to be brought to the device
+    check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeGlobal));
+    cuda_sim::inject({call, cudaErrorUnknown});
+    bool failed = false;
+    try {
+      twins.cuda.step(options);
+    } catch (const DeviceError&) {
+      failed = true;
+    }
+    const bool met = !cuda_sim::faulted_call().empty();
+    cuda_sim::clear_faults();
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(handle, &graph));
+    check(cudaGraphDestroy(graph));
+    twins.cpu.step({.max_grad_norm = 1.0});
+    twins.cuda.step(options);
+    check(cudaStreamSynchronize(handle));
+    twins.expect_equal("call " + std::to_string(call) + (failed ? ", failed" : ""));
+    check(cudaStreamDestroy(handle));
+    if (HasFailure() || !met) {
+      EXPECT_GT(call, 20);
+      return;
+    }
+  }
+}
+
 /// What a failed step has left on its stream must not come after the next step on another one.
 TEST_F(Faults, AFailedStepIsOverBeforeTheNext) {
   for (std::int64_t call = 0;; ++call) {
