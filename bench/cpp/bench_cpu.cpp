@@ -83,7 +83,7 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
   const Offsets offsets(sizes);
   const auto total = static_cast<std::size_t>(offsets.total);
   std::vector<char> values = random_values(total, layout.value);
-  std::vector<char> grads = random_values(total, layout.value);
+  std::vector<char> grads = random_values(total, layout.grad);
   Optimizer optimizer =
       make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cpu());
   static Axpy axpy;

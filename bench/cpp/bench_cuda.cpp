@@ -40,6 +40,7 @@ class DeviceBuffer {
   std::size_t bytes_;
 };
 
+/// 4 MiB of random numbers, again and again.
 void fill(DeviceBuffer& buffer, DType dtype) {
   constexpr std::size_t pattern_bytes = std::size_t{4} << 20;
   std::vector<char> pattern(pattern_bytes);
@@ -47,9 +48,12 @@ void fill(DeviceBuffer& buffer, DType dtype) {
   for (std::size_t i = 0; i < pattern_bytes; i += size_of(dtype)) {
     store_random(random, dtype, pattern.data() + i);
   }
-  for (std::size_t done = 0; done < buffer.bytes(); done += pattern_bytes) {
-    check(cudaMemcpy(buffer.data() + done, pattern.data(),
-                     std::min(pattern_bytes, buffer.bytes() - done), cudaMemcpyHostToDevice));
+  std::size_t done = std::min(pattern_bytes, buffer.bytes());
+  check(cudaMemcpy(buffer.data(), pattern.data(), done, cudaMemcpyHostToDevice));
+  while (done < buffer.bytes()) {
+    const std::size_t more = std::min(done, buffer.bytes() - done);
+    check(cudaMemcpy(buffer.data() + done, buffer.data(), more, cudaMemcpyDeviceToDevice));
+    done += more;
   }
 }
 
@@ -89,8 +93,7 @@ double device_us(F&& work, int repeats = kRepeats) {
 
 /// Host time of one call in us, the device kept busy behind it.
 template <class F>
-double host_us(F&& work) {
-  constexpr int calls = 50;
+double host_us(F&& work, int calls = 50) {
   std::vector<double> times;
   for (int i = 0; i < 9; ++i) {
     check(cudaDeviceSynchronize());
@@ -141,12 +144,12 @@ struct Workload {
   Workload(std::vector<std::int64_t> tensors, const RuleCase& rule, const LayoutCase& layout)
       : sizes(std::move(tensors)),
         offsets(sizes),
-        values(static_cast<std::size_t>(offsets.total) * layout.value_bytes()),
-        grads(values.bytes()),
+        values(static_cast<std::size_t>(offsets.total) * size_of(layout.value)),
+        grads(static_cast<std::size_t>(offsets.total) * size_of(layout.grad)),
         optimizer(make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(),
                                  Device::cuda())) {
     fill(values, layout.value);
-    fill(grads, layout.value);
+    fill(grads, layout.grad);
   }
 };
 
@@ -170,7 +173,7 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
       state.counters["bytes"] = moved;
       state.counters["elements"] = static_cast<double>(work.offsets.elements);
       state.counters["launches"] = 2;  // prepare, and apply of the one bucket
-      state.counters["host_us"] = host_us([&] { work.optimizer.step(); });
+      state.counters["host_us"] = host_us([&] { work.optimizer.step(); }, 5);
       state.counters["tensors"] = static_cast<double>(work.sizes.size());
     }
   } catch (const std::exception& error) {
@@ -192,7 +195,7 @@ void clip(benchmark::State& state, const std::string& model, const std::string& 
       state.counters["device_us"] = total;
       state.counters["norm_us"] = total - plain;
       state.counters["norm_roof_fraction"] = static_cast<double>(work.offsets.elements) *
-                                             static_cast<double>(layout.value_bytes()) /
+                                             static_cast<double>(size_of(layout.grad)) /
                                              (total - plain) / copy_rate();
     }
   } catch (const std::exception& error) {
@@ -206,10 +209,10 @@ void host(benchmark::State& state, int tensors) {
   const Offsets offsets(sizes);
   const RuleCase& rule = rule_cases()[0];
   const LayoutCase& layout = layout_cases()[0];
-  const std::size_t bytes = static_cast<std::size_t>(offsets.total) * layout.value_bytes();
+  const std::size_t bytes = static_cast<std::size_t>(offsets.total) * size_of(layout.value);
   DeviceBuffer values(bytes), grads(2 * bytes);
   fill(values, layout.value);
-  fill(grads, layout.value);
+  fill(grads, layout.grad);
   Optimizer optimizer =
       make_optimizer(sizes, offsets, rule, layout, values.data(), grads.data(), Device::cuda());
   std::vector<ParameterRef> parameters;

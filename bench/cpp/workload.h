@@ -56,31 +56,46 @@ inline const std::vector<RuleCase>& rule_cases() {
 
 struct LayoutCase {
   std::string name;
-  DType value;  // of parameter and gradient
-  SlotDType slots;
+  DType value, grad;
+  GroupOptions options;
 
-  std::size_t value_bytes() const { return size_of(value); }
   std::size_t slot_bytes() const {
-    return value_bytes() == 2 && slots == SlotDType::kFloat32 ? 4 : value_bytes();
+    if (options.slots == SlotDType::kBFloat16) return 2;
+    const bool is_wide = options.slots == SlotDType::kFloat32 && size_of(value) == 2;
+    return is_wide ? 4 : size_of(value);
   }
 };
 
 inline const std::vector<LayoutCase>& layout_cases() {
+  constexpr auto f64 = DType::kFloat64, f32 = DType::kFloat32, bf16 = DType::kBFloat16,
+                 f16 = DType::kFloat16;
+  const GroupOptions wide, like{.slots = SlotDType::kLikeParameter};
   static const std::vector<LayoutCase> cases = {
-      {"float32", DType::kFloat32, SlotDType::kFloat32},
-      {"float64", DType::kFloat64, SlotDType::kFloat32},
-      {"bfloat16_float32", DType::kBFloat16, SlotDType::kFloat32},
-      {"bfloat16", DType::kBFloat16, SlotDType::kLikeParameter},
-      {"float16_float32", DType::kFloat16, SlotDType::kFloat32},
-      {"float16", DType::kFloat16, SlotDType::kLikeParameter},
+      {"float32", f32, f32, wide},
+      {"float64", f64, f64, wide},
+      {"bfloat16_float32", bf16, bf16, wide},
+      {"bfloat16", bf16, bf16, like},
+      {"float16_float32", f16, f16, wide},
+      {"float16", f16, f16, like},
+      {"float32_bfloat16", f32, f32, {.slots = SlotDType::kBFloat16}},
+      {"bfloat16_float32_master", bf16, bf16, {.master_weights = true}},
+      {"bfloat16_master", bf16, bf16, {.slots = SlotDType::kBFloat16, .master_weights = true}},
+      {"bfloat16_float32_master_grad_float32", bf16, f32, {.master_weights = true}},
+      {"bfloat16_stochastic",
+       bf16,
+       bf16,
+       {.slots = SlotDType::kBFloat16, .rounding = Rounding::kStochastic}},
   };
   return cases;
 }
 
-/// Bytes a step must move per element: parameter and slots read and written, gradient read.
+/// Bytes a step must move per element: the gradient read, the slots and what is stepped read and
+/// written; that is a master weight where there is one, and then the parameter is written.
 inline double bytes_per_element(const RuleCase& rule, const LayoutCase& layout) {
-  return static_cast<double>(3 * layout.value_bytes() +
-                             static_cast<std::size_t>(2 * rule.slots) * layout.slot_bytes());
+  const std::size_t value =
+      layout.options.master_weights ? 8 + size_of(layout.value) : 2 * size_of(layout.value);
+  const std::size_t slots = static_cast<std::size_t>(2 * rule.slots) * layout.slot_bytes();
+  return static_cast<double>(size_of(layout.grad) + value + slots);
 }
 
 /// Where each tensor starts in one allocation, in elements: multiples of 64, as torch aligns.
@@ -113,16 +128,17 @@ inline Optimizer make_optimizer(const std::vector<std::int64_t>& sizes, const Of
   Optimizer optimizer;
   std::vector<std::vector<Parameter>> members(static_cast<std::size_t>(groups));
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    const auto offset = static_cast<std::size_t>(offsets.begin[i]) * layout.value_bytes();
-    const auto tensor = [&](char* base) {
-      return TensorView{base + offset, layout.value, {sizes[i]}, device, true};
+    const auto tensor = [&](char* base, DType dtype) {
+      const std::size_t offset = static_cast<std::size_t>(offsets.begin[i]) * size_of(dtype);
+      return TensorView{base + offset, dtype, {sizes[i]}, device, true};
     };
-    members[i % members.size()].push_back({"p" + std::to_string(i), tensor(values), tensor(grads)});
+    members[i % members.size()].push_back(
+        {"p" + std::to_string(i), tensor(values, layout.value), tensor(grads, layout.grad)});
   }
   for (std::size_t i = 0; i < members.size(); ++i) {
     if (members[i].empty()) continue;
     optimizer.add_group("group" + std::to_string(i), rule.hyper, std::move(members[i]),
-                        {layout.slots});
+                        layout.options);
   }
   return optimizer;
 }

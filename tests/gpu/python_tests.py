@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The fusestep authors
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the Python extension with CUDA and runs the parity suite, the stories and CUDA's own tests on the GPU.
+"""Builds the Python package with CUDA and runs its tests on the GPU.
 
     python_tests.py --build FOLDER [--junitxml FILE] [pytest's options]
+    python_tests.py --build FOLDER --only-build
+    python_tests.py --build FOLDER --run [arguments of python -m fusestep]
 
 Of the Python that runs it torch, NumPy, pybind11 and pytest are needed; cmake, ninja and nvcc beside them.
 """
@@ -17,7 +19,16 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SUITES = ["test_cuda.py", "test_graphs.py", "test_parity.py", "test_stories.py", "test_threads_memory.py"]
+SUITES = [
+    "test_cuda.py",
+    "test_graphs.py",
+    "test_parity.py",
+    "test_stories.py",
+    "test_gradients.py",
+    "test_mixed_precision.py",
+    "test_threads_memory.py",
+    "test_distributed.py::test_over_nccl",
+]
 MISSING = 77
 
 
@@ -38,14 +49,15 @@ def build_package(build):
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", build, "--target", "fusestep_core"], check=True)
-    for path in (ROOT / "python" / "fusestep").glob("*.py*"):
-        shutil.copy(path, package)
+    shutil.copytree(ROOT / "python" / "fusestep", package, ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
     return package.parent
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--build", type=pathlib.Path, required=True)
+    parser.add_argument("--only-build", action="store_true")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="of python -m fusestep, in place of the tests")
     options, for_pytest = parser.parse_known_args()
     missing = missing_tools()
     if missing:
@@ -56,10 +68,14 @@ def main():
     except subprocess.CalledProcessError as error:
         print(f"the extension could not be built: {error}")
         return 1
-    environment = {**os.environ, "FUSESTEP_TEST_DEVICE": "cuda", "PYTHONPATH": str(package)}
+    if options.only_build:
+        return 0
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    if options.run:
+        return subprocess.run([sys.executable, "-m", "fusestep", *options.run], env=environment).returncode
     suites = [ROOT / "tests" / "python" / name for name in SUITES]
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *suites, *for_pytest]
-    return subprocess.run(command, env=environment, cwd=ROOT).returncode
+    return subprocess.run(command, env={**environment, "FUSESTEP_TEST_DEVICE": "cuda"}, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@
 BUILD has the programs (`./dev gpu --build` makes them, also on a machine without a GPU: they then run
 where neither GoogleTest nor Google Benchmark is installed). FOLDER gets a log and a JSON file of every
 part, and summary.json; a table of all parts is printed last. Needs nothing but Python 3.10; the Python
-tests need more, and are reported as failed where it is missing.
+tests and the comparison with torch.optim need more, and are reported as failed where it is missing. Their
+extension is built while the first programs run.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import platform
@@ -33,13 +35,16 @@ PARTS = [
     ("behaviour", 30, "cuda_gpu_behaviour", []),
     ("streams", 30, "cuda_gpu_streams", []),
     ("graphs", 60, "cuda_gpu_graphs", []),
+    ("state", 60, "cuda_gpu_state", []),
     ("limits", 60, "gpu_limits_test", []),
     ("python", 300, "python_tests.py", []),
 ]
 BENCHMARKS = [
     ("bench", 100, "bench_cuda", ["--models=gpt2,resnet152,tiny10k"]),
     ("bench XL", 60, "bench_cuda", ["--models=gpt2_xl", "--rules=adam,sgd,rmsprop_momentum_centered"]),
+    ("bench torch", 100, "fusestep", ["--quick"]),
 ]
+PYTHON = ("python_tests.py", "fusestep")  # programs that need the package
 SANITIZED = ("cuda_gpu_behaviour", [])  # with compute-sanitizer: every kind of launch, small tensors
 SANITIZER_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 
@@ -48,11 +53,37 @@ def find_program(build, name):
     return next((path for path in sorted(build.rglob(name)) if path.is_file()), None)
 
 
+def python_build(build):
+    return [sys.executable, python_tests.__file__, f"--build={build.parent / 'gpu-python'}"]
+
+
+@contextlib.contextmanager
+def building(options, end):
+    """Builds the Python package meanwhile, where a part needs it; what is entered waits for that."""
+    if not any(options.only in part[0] for part in PARTS + BENCHMARKS if part[2] in PYTHON):
+        yield lambda: None
+        return
+    with (options.out / "python-build.log").open("w") as log:
+        build = subprocess.Popen([*python_build(options.build), "--only-build"], stdout=log, stderr=log)
+
+    def finish():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            build.wait(max(0, end - time.monotonic()))
+
+    try:
+        yield finish
+        finish()
+    finally:
+        build.kill()
+
+
 def command_of(part, build, out):
     name, _, program, arguments = part
     if program == "python_tests.py":
-        script = pathlib.Path(python_tests.__file__)
-        return [sys.executable, script, f"--build={build.parent / 'gpu-python'}", f"--junitxml={out / 'python.xml'}"]
+        return [*python_build(build), f"--junitxml={out / 'python.xml'}"]
+    if program == "fusestep":
+        arguments = ["bench", "--device=cuda", f"--out={out / 'torch'}", *arguments]
+        return [*python_build(build), "--run", *arguments]
     path = find_program(build, program)
     if path is None:
         return None
@@ -150,8 +181,11 @@ def main():
         else:
             results.append(run(name, command, min(seconds, left), options.out))
 
-    for part in PARTS:
-        attempt(part[0], part[1], command_of(part, options.build, options.out))
+    with building(options, end) as finish_build:
+        for part in PARTS:
+            if part[2] == "python_tests.py":
+                finish_build()
+            attempt(part[0], part[1], command_of(part, options.build, options.out))
     program = find_program(options.build, SANITIZED[0])
     sanitizer = shutil.which("compute-sanitizer")
     for name, seconds, tool in sanitizer_parts():
