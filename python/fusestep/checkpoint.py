@@ -372,7 +372,11 @@ class _NewState:
 
 
 def _make_tensor(numbers, dtype):
-    return torch.tensor(numbers, dtype=dtype_named(dtype))
+    return torch.tensor(numbers, dtype=dtype_named(dtype), device="cpu")
+
+
+def _count_tensor(count):
+    return torch.tensor(float(count), device="cpu")
 
 
 def _is_number(value):
@@ -402,7 +406,7 @@ class _AroundTorchsLoad:
             state.check_state_dict(state_dict)
         except _core.InvalidArgument:
             return None  # torch says what is wrong
-        state_dict = state.counts_by_parameter(state_dict, lambda count: torch.tensor(float(count)))
+        state_dict = state.counts_by_parameter(state_dict, _count_tensor)
         pairs = list(zip(state_dict["param_groups"], optimizer.param_groups, strict=False))
         self.other_names = [
             f"'{saved}' becomes '{here}'"

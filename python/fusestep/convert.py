@@ -131,7 +131,7 @@ def _settings_of(group):
     saved = {key: state.decode(value, f"{where}: {key}", _make_tensor) for key, value in group["hyper"].items()}
     if isinstance(saved.get("state_dtype"), str):
         saved["state_dtype"] = dtype_named(saved["state_dtype"])
-    defaults = getattr(torch.optim, group["rule"])([torch.zeros(())]).defaults
+    defaults = getattr(torch.optim, group["rule"])([torch.zeros((), device="cpu")]).defaults
     named = {} if group["name"].isdecimal() else {"name": group["name"]}
     return {**defaults, **saved, **named}
 
@@ -144,8 +144,8 @@ def _state_of(held, index, parameter, group):
     if not stochastic and (group["rule"] == "SGD" or not tensors):
         return tensors
     step = state.decode(parameter.get("step", 0.0), "step", _make_tensor)
-    return {"step": torch.tensor(float(step)), **tensors}
+    return {"step": torch.tensor(float(step), device="cpu"), **tensors}
 
 
 def _make_tensor(numbers, dtype):
-    return torch.tensor(numbers, dtype=dtype_named(dtype))
+    return torch.tensor(numbers, dtype=dtype_named(dtype), device="cpu")

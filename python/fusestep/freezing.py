@@ -198,7 +198,7 @@ def refuse_wrong_values(optimizer, group):
     if judge in (None, torch.optim.Optimizer):
         return
     taken = set(inspect.signature(judge).parameters) - {"params", "foreach", "fused", "capturable", "differentiable"}
-    judge([torch.zeros(())], **{name: value for name, value in group.items() if name in taken})
+    judge([torch.zeros((), device="cpu")], **{name: value for name, value in group.items() if name in taken})
 
 
 def _tell(scheduler, source, index, lr):

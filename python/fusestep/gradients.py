@@ -35,7 +35,9 @@ def scalar_of(number: Any) -> torch.Tensor | None:
     number = whole(number)
     if number is None or (torch.is_tensor(number) and number.dtype in (torch.float32, torch.float64)):
         return number
-    return torch.as_tensor(number, dtype=torch.float64)
+    if torch.is_tensor(number):
+        return number.to(torch.float64)
+    return torch.as_tensor(number, dtype=torch.float64, device="cpu")
 
 
 # ---- divided apart -----------------------------------------------------------------------------
@@ -81,7 +83,9 @@ def _clamped(grad, limit):
     if grad.layout is torch.sparse_coo:
         grad = grad.coalesce()
         values = _clamped(grad.values(), limit)
-        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False, is_coalesced=True)
+        return torch.sparse_coo_tensor(
+            grad.indices(), values, grad.shape, device=grad.device, check_invariants=False, is_coalesced=True
+        )
     if grad.is_complex():
         return torch.view_as_complex(_clamped(torch.view_as_real(grad), limit))
     return grad.clamp(-limit, limit)

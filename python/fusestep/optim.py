@@ -142,6 +142,34 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         self._run(found_inf, loss_scale, stores, norm)
         return loss
 
+    def zero_grad(self, set_to_none=True):
+        """torch's zero_grad; gradients are set to zero by one call for each device and dtype."""
+        if set_to_none or not hasattr(self, "_zero_grad_profile_name"):
+            return super().zero_grad(set_to_none)
+        alike = {}
+        with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if (grad := p.grad) is None:
+                        continue
+                    if grad.requires_grad:
+                        grad.requires_grad_(False) if grad.grad_fn is None else grad.detach_()
+                    if type(grad) is not torch.Tensor or grad.is_sparse:
+                        grad.zero_()  # a DTensor cannot be in one call with others
+                    elif grad.is_cpu:
+                        alike.setdefault(None, []).append(grad)
+                    else:
+                        alike.setdefault((grad.device, grad.dtype), []).append(grad)
+            for grads in alike.values():
+                torch._foreach_zero_(grads)
+        return None
+
+    def _stand_in(self):
+        """A copy for torch's own methods: what is set on it is not set here."""
+        stand_in = object.__new__(type(self))
+        stand_in.__dict__.update(self.__dict__)
+        return stand_in
+
     def sync_hyper(self):
         """Brings `lr` and other settings that have changed to the devices, for graphs replayed after it.
 
@@ -239,14 +267,13 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def _skip(self, norm):
         """A step that the host knows to be skipped."""
         self._skipped_apart += 1
-        self._norm_apart = torch.tensor(math.nan, dtype=torch.float64) if norm is None else norm.norm
+        self._norm_apart = self._no_norm() if norm is None else norm.norm
 
     def _step_by_torch(self, left, norm, loss_scale):
         """torch's own step for (parameter, why) of each group: on a stand-in, without hooks and GradScaler."""
         if not any(left):
             return
-        stand_in = object.__new__(type(self))
-        stand_in.__dict__.update(self.__dict__)
+        stand_in = self._stand_in()
         stand_in.__dict__.pop("grad_scale", None)
         stand_in.__dict__.pop("found_inf", None)
         stand_in.param_groups = [
@@ -259,7 +286,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         with contextlib.ExitStack() as stack:
             if multiplier is not None or self.clip_value is not None:
                 members = [(p, group["differentiable"]) for group in stand_in.param_groups for p in group["params"]]
-                one = torch.ones((), dtype=torch.float64)
+                one = torch.ones((), dtype=torch.float64, device="cpu")
                 stack.enter_context(scaled_grads(members, one if multiplier is None else multiplier, self.clip_value))
             _without_hooks(self._torch_class.step)(stand_in)
         for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
@@ -282,10 +309,15 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         """
         if self._norm_apart is not None:
             return self._norm_apart
-        written = self._stepper.written
-        norm = torch.full((), math.nan, dtype=torch.float64, device=written[0].device if written else None)
+        norm = self._no_norm()
         self._stepper.copy_grad_norm(norm)
         return norm
+
+    def _no_norm(self):
+        """NaN, where the parameters are."""
+        stepped = self._stepper.written or (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in stepped), "cpu")
+        return torch.full((), math.nan, dtype=torch.float64, device=device)
 
     @property
     def skipped_steps(self):

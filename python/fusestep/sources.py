@@ -78,7 +78,8 @@ class DictSource:
     def slot(self, index: int, name: str, described: Mapping[str, Any], device: torch.device) -> torch.Tensor:
         """A new tensor with a slot's contents, in C order; complex numbers as pairs."""
         where = f"parameter '{self._parameters[index]['name']}', '{name}'"
-        tensor = plain(torch.as_tensor(self._states[index][name]), where)
+        saved = self._states[index][name]
+        tensor = plain(saved if torch.is_tensor(saved) else torch.as_tensor(saved, device="cpu"), where)
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -148,7 +149,7 @@ def is_in_reach(tensor: torch.Tensor) -> bool:
 
 
 def staging_for(device: torch.device) -> torch.Tensor:
-    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -671,6 +671,48 @@ def test_zero_grad(name):
     assert mine.state == {}
 
 
+def test_zero_grad_is_one_call_for_alike_gradients(name, monkeypatch):
+    """With what a gradient may be besides plain: part of a graph, sparse, of another dtype."""
+
+    def with_grads():
+        plain = support.tensors((3,), (2, 2), (4,), (5,), (2, 3))
+        double, embedding = support.tensors((3,), dtype=torch.float64), support.tensors((6, 2))
+        parameters = [*plain, *double, *embedding]
+        support.set_grads(parameters, seed=1)
+        plain[0].grad = 2 * plain[0]  # has a grad_fn
+        plain[1].grad.requires_grad_()
+        plain[2].grad = None
+        plain[4].grad = plain[4].grad.t().contiguous().t()
+        dense = embedding[0].grad
+        embedding[0].grad = dense.to_sparse()
+        return parameters
+
+    mine, torchs = support.ours(name)(with_grads()), support.theirs(name)(with_grads())
+    calls, zero = [], torch._foreach_zero_
+    monkeypatch.setattr(torch, "_foreach_zero_", lambda grads: calls.append(len(grads)) or zero(grads))
+    before = [[p.grad for p in params_of(optimizer)] for optimizer in (mine, torchs)]
+    versions = [[None if grad is None else grad._version for grad in grads] for grads in before]
+    for optimizer in (mine, torchs):
+        optimizer.zero_grad(set_to_none=False)
+    assert sum(calls) == 5 and len(calls) <= 2  # one sparse gradient, one missing
+    for p, q, mine_before, version, torchs_version in zip(
+        params_of(mine), params_of(torchs), before[0], *versions, strict=True
+    ):
+        assert p.grad is mine_before
+        if q.grad is None:
+            continue
+        assert not p.grad.to_dense().any() and p.grad.layout == q.grad.layout
+        assert p.grad.requires_grad == q.grad.requires_grad and p.grad.grad_fn is q.grad.grad_fn
+        assert (p.grad._version > version) == (q.grad._version > torchs_version)
+
+
+def test_zero_grad_after_pickling(name):
+    mine = pickle.loads(pickle.dumps(make_pair(name)[0]))
+    support.set_grads(params_of(mine), seed=0)
+    mine.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in params_of(mine))
+
+
 def test_closure(name):
     mine, torchs = make_pair(name)
 

@@ -28,7 +28,7 @@ class Digits:
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """In an order that depends on the epoch alone."""
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(len(self.labels), generator=torch.Generator("cpu").manual_seed(epoch), device="cpu")
         for chosen in order.to(self.labels.device).split(BATCH):
             yield self.images[chosen], self.labels[chosen]
 
@@ -37,8 +37,8 @@ def load_digits(first: int, last: int, device: torch.device) -> Digits:
     """Those from `first` to `last` of the 1797 that scikit-learn ships; a third of them is for testing."""
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     wanted = (first <= labels) & (labels <= last)
-    x = torch.tensor(images[wanted] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    y = torch.tensor(labels[wanted] - first)
+    x = torch.tensor(images[wanted] / 16, dtype=torch.float32, device="cpu").reshape(-1, 1, 8, 8)
+    y = torch.tensor(labels[wanted] - first, device="cpu")
     train, test = sklearn.model_selection.train_test_split(range(len(y)), test_size=1 / 3, random_state=0, stratify=y)
     return Digits(*(part.to(device) for part in (x[train], y[train], x[test], y[test])))
 
