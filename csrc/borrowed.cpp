@@ -134,6 +134,16 @@ void BorrowedOptimizer::sync_hyper(std::span<const BorrowedGroup> groups,
   for (BorrowedPass& pass : of_graphs_) pass.sync_hyper(groups, streams);
 }
 
+bool BorrowedOptimizer::in_graphs() const {
+  return !of_graphs_.empty() || std::any_of(passes_.begin(), passes_.end(),
+                                            [](const auto& pass) { return pass.in_graphs(); });
+}
+
+bool BorrowedOptimizer::is_captured(std::span<const Stream> streams) {
+  return std::any_of(passes_.begin(), passes_.end(),
+                     [&](auto& pass) { return pass.is_captured(streams); });
+}
+
 void BorrowedPass::step(std::span<const BorrowedGroup> groups,
                         std::span<const BorrowedTensor> tensors, const StepOptions& options) {
   if (now_.engine != nullptr) now_.engine->refuse_if_broken();

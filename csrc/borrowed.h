@@ -51,6 +51,9 @@ class BorrowedPass {
   /// Settings of the groups that were there at the last step, brought to the devices.
   void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
   bool in_graphs() const;
+  bool is_captured(std::span<const Stream> streams) {
+    return now_.engine != nullptr && now_.engine->captured_device(streams) != nullptr;
+  }
 
   bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   /// Waits for the devices.
@@ -82,6 +85,10 @@ class BorrowedOptimizer {
             const StepOptions& options);
   /// Brings changed settings to the devices, for graphs that run after it.
   void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
+  /// Whether some step of its was captured, and graphs may still make it.
+  bool in_graphs() const;
+  /// Whether one of these streams is captured, of a device where it has stepped.
+  bool is_captured(std::span<const Stream> streams);
   /// Whether tensors share memory: each pass then has a norm of its own, and options that need one
   /// are not for them.
   bool takes_turns(std::span<const BorrowedTensor> tensors) {

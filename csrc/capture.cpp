@@ -45,7 +45,6 @@ const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
   return found == parameters_.end() ? nullptr : &*found;
 }
 
-/// The first whose stream is captured; null if none is.
 const DeviceRecord* Engine::captured_device(std::span<const Stream> streams) {
   const DeviceRecord* captured = nullptr;
   on_device([&] {

@@ -112,6 +112,8 @@ class Engine {
   void refuse_if_broken() const;
   /// Where the step at hand would be one of other tensors.
   void refuse_others_in_capture(std::span<const Stream> streams);
+  /// The first whose stream is captured; null if none is.
+  const DeviceRecord* captured_device(std::span<const Stream> streams);
   /// Whether a step was captured, and may run at any time.
   bool in_graphs() const;
 
@@ -146,7 +148,6 @@ class Engine {
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 
   // capture.cpp: a step that runs later, in a CUDA graph
-  const DeviceRecord* captured_device(std::span<const Stream> streams);
   bool is_captured(std::span<const Stream> streams);
   void refuse_in_capture(const char* call, std::span<const Stream> streams);
   const ParameterRecord* stepping_on(const DeviceRecord& device) const;

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <unistd.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,22 @@ class PrivateStream {
   cudaStream_t handle_ = nullptr;
 };
 
+/// For memory that nothing uses any more: the default stream, or where that would have to wait for
+/// one that is captured, another. Of the current device.
+class StreamToFreeOn {
+ public:
+  explicit StreamToFreeOn(int device) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamGetCaptureInfo(nullptr, &status, nullptr) == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());
+    private_.emplace(device);
+  }
+  cudaStream_t get() const { return private_ ? private_->get() : nullptr; }
+
+ private:
+  std::optional<PrivateStream> private_;
+};
+
 /// The tables of one plan. Once a graph has them they stay as they are.
 struct PlanTables {
   explicit PlanTables(int device)
@@ -109,7 +126,7 @@ class CudaBackend final : public Backend {
     cuda_check(load_kernel<Prepare>(), device_, "loading kernels");
     for (cudaEvent_t* event : {&last_work_, &last_captured_}) {
       const cudaError_t code = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
-      if (code != cudaSuccess) release();
+      if (code != cudaSuccess) release(nullptr);
       cuda_check(code, device_, "creating an event");
     }
   }
@@ -126,9 +143,10 @@ class CudaBackend final : public Backend {
     try {
       const DeviceGuard guard(device_);
       if (in_graphs_) static_cast<void>(cudaDeviceSynchronize());
-      release();
+      const StreamToFreeOn stream(device_);
+      release(stream.get());
     } catch (const Error&) {
-      release();
+      release(nullptr);
     }
   }
 
@@ -161,20 +179,27 @@ class CudaBackend final : public Backend {
   void deallocate(void* data, std::size_t bytes, void* stream) noexcept override {
     if (getpid() != process_) return;
     bool given_back = false;
-    const auto give_back = [&] {
+    const auto give_back = [&](void* on) {
       given_back = true;
-      allocator_->deallocate(data, bytes, {Device::cuda(device_), stream});
+      allocator_->deallocate(data, bytes, {Device::cuda(device_), on});
     };
+    const BesideCaptures beside;
     try {
       wait_for_graphs();
       Work work(*this, stream);
-      give_back();
+      give_back(stream);
       work.finish();
     } catch (const Error&) {
       if (given_back) return;
       // The stream cannot be made to wait for the work that uses it.
       static_cast<void>(cudaEventSynchronize(last_work_));
-      give_back();
+      try {
+        const DeviceGuard guard(device_);
+        const StreamToFreeOn other(device_);
+        give_back(other.get());
+      } catch (const Error&) {
+        if (!given_back) give_back(nullptr);
+      }
     }
   }
 
@@ -406,6 +431,7 @@ class CudaBackend final : public Backend {
    private:
     CudaBackend& backend_;
     DeviceGuard guard_;
+    BesideCaptures beside_;
     cudaStream_t stream_;
     bool captured_;
     unsigned long long id_ = 0;
@@ -557,14 +583,14 @@ class CudaBackend final : public Backend {
   }
 
   /// Nothing of it is in use any more.
-  void release() noexcept {
-    for (const auto& tables : of_graphs_) tables->release(nullptr);
-    tables_->release(nullptr);
-    hypers_.release(nullptr);
-    states_.release(nullptr);
-    shared_.release(nullptr);
-    control_.release(nullptr);
-    reduced_.release(nullptr);
+  void release(cudaStream_t stream) noexcept {
+    for (const auto& tables : of_graphs_) tables->release(stream);
+    tables_->release(stream);
+    hypers_.release(stream);
+    states_.release(stream);
+    shared_.release(stream);
+    control_.release(stream);
+    reduced_.release(stream);
     ring_.reset();
     end_reading();
     for (cudaEvent_t* event : {&last_work_, &last_captured_}) {

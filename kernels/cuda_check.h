@@ -39,8 +39,9 @@ class DeviceGuard {
   int device_, callers_ = 0;
 };
 
-/// While it lives, calls of this thread that might disturb a capture (to ask for an event, to pin
-/// memory) are allowed although somebody captures: ours have nothing to do with it.
+/// While it lives, calls of this thread that might disturb a capture (to allocate memory or free
+/// it, to ask for an event) are allowed although somebody captures: ours have nothing to do with
+/// it. Without it they fail, and the capture with them.
 class BesideCaptures {
  public:
   BesideCaptures() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }

@@ -115,10 +115,40 @@ PyObject* state_of(PyObject* states, PyObject* parameter) {
   return state != nullptr && PyDict_Check(state) ? state : nullptr;
 }
 
+/// What could not be destroyed in a capture; at the end of the process left to it.
+std::vector<detail::BorrowedOptimizer>& left_in_captures() {
+  static auto* const left = new std::vector<detail::BorrowedOptimizer>;
+  return *left;
+}
+
 }  // namespace
 
 TorchStepper::TorchStepper(std::string rule, const py::object& tensor_type)
     : rule_(std::move(rule)), reader_(tensor_type) {}
+
+/// Whose steps are in graphs has to wait for the device, at which a capture under way is lost; and
+/// the garbage collector asks nobody when it may come.
+TorchStepper::~TorchStepper() {
+  if (!optimizer_.in_graphs()) return;
+  const py::error_scope keeps_the_error;
+  try {
+    if (is_captured(streams_of_tensors())) {
+      left_in_captures().push_back(std::move(optimizer_));
+    } else {
+      left_in_captures().clear();
+    }
+  } catch (const std::exception&) {  // as at the end of a process
+  }
+}
+
+/// Whether torch's current streams are: those of a thread that captures.
+bool TorchStepper::is_captured(std::span<const Stream> streams) {
+  try {
+    return optimizer_.is_captured(streams);
+  } catch (const InvalidArgument&) {  // a capture that is invalid, or that the stream must not meet
+    return true;
+  }
+}
 
 /// A Python number or a tensor of one element.
 double TorchStepper::number(PyObject* value) const {
@@ -481,6 +511,7 @@ void TorchStepper::step(const py::object& found_inf, const py::object& loss_scal
     if (source->present) add_stream(source->device, streams);
   }
   options.streams = streams;
+  if (!left_in_captures().empty() && !is_captured(streams)) left_in_captures().clear();
   stepped_ = taken_;
   const py::gil_scoped_release release;
   optimizer_.step(groups_, tensors_, options);

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +21,9 @@ class TorchStepper {
  public:
   /// `rule`: "Adam", "SGD" or "RMSprop".
   TorchStepper(std::string rule, const pybind11::object& tensor_type);
+  ~TorchStepper();
+  TorchStepper(const TorchStepper&) = delete;
+  TorchStepper& operator=(const TorchStepper&) = delete;
 
   /// Reads all groups, and takes every parameter with a gradient whose memory can be stepped as it
   /// is. Returns (group index, position among all, parameter) of the others: state is missing or
@@ -89,6 +93,7 @@ class TorchStepper {
   void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
   void note_written(PyObject* tensor);
+  bool is_captured(std::span<const Stream> streams);
   TensorView scalar(const char* name, const pybind11::object& tensor) const;
   void read_foreign_lr();
   void add_stream(Device device, std::vector<Stream>& streams) const;

@@ -391,6 +391,27 @@ TEST_F(Graphs, OtherOptimizersStepWhileOneIsCaptured) {
   other.expect_equal("other");
 }
 
+/// Whoever is captured, and on whichever kind of stream, waits for nobody.
+TEST_F(Graphs, OtherOptimizersComeAndGoWhileOneIsCaptured) {
+  for (const unsigned flags : {cudaStreamNonBlocking, cudaStreamDefault}) {
+    stream_ = std::make_unique<OwnStream>(flags);
+    view_ = stream_->view();
+    ReadyTwins captured(two_groups()),
+        others[2]{ReadyTwins(two_groups()), ReadyTwins(two_groups())};
+    eager_step(captured);
+    const OwnStream beside;
+    const Stream view = beside.view();
+    others[0].cuda.step({.streams = {&view, 1}});
+    const RecordedGraph graph(*stream_, [&] {
+      captured.cuda.step(on_stream());
+      others[1].cuda.step({.max_grad_norm = 0.5, .streams = {&view, 1}});
+      for (ReadyTwins& other : others) other.cuda = Optimizer();
+    });
+    run(captured, graph);
+    captured.expect_equal("flags " + std::to_string(flags));
+  }
+}
+
 // ---- what changes after a capture --------------------------------------------------------------
 
 /// torch's recipe: the gradients of the graph are first there in its capture.

@@ -699,14 +699,32 @@ cudaError_t cudaFree(void* data) {
   });
 }
 
-cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t stream) {
-  return call("cudaMallocAsync",
-              [&](Runtime& r) { return cuda_sim::allocate(r, data, bytes, r.stream(stream)); });
+namespace {
+
+/// Of a pool's memory on this stream: unsafe beside a capture, a part of the graph in one.
+template <class F>
+cudaError_t from_pool(Runtime& r, cudaStream_t handle, F&& f) {
+  CUstream_st* stream = r.stream(handle);
+  if (stream != nullptr && stream->captured.capture == nullptr) {
+    if (const cudaError_t code = r.forbidden_by_captures(); code != cudaSuccess) return code;
+  }
+  return f(stream);
 }
 
-cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
-  return releasing_call(
-      "cudaFreeAsync", [&](Runtime& r) { return cuda_sim::deallocate(r, data, r.stream(stream)); });
+}  // namespace
+
+cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t handle) {
+  return call("cudaMallocAsync", [&](Runtime& r) {
+    return from_pool(r, handle,
+                     [&](auto* stream) { return cuda_sim::allocate(r, data, bytes, stream); });
+  });
+}
+
+cudaError_t cudaFreeAsync(void* data, cudaStream_t handle) {
+  return releasing_call("cudaFreeAsync", [&](Runtime& r) {
+    return from_pool(r, handle,
+                     [&](auto* stream) { return cuda_sim::deallocate(r, data, stream); });
+  });
 }
 
 cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {

@@ -9,6 +9,7 @@
 #include <functional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda_sim.h"
@@ -557,7 +558,8 @@ TEST_F(Captures, WaitingForTheStreamOrTheDeviceInvalidates) {
 
 TEST_F(Captures, UnsafeCallsAreUpToTheModes) {
   const cudaEvent_t outside = event();
-  cudaEventRecord(outside, stream());
+  const cudaStream_t beside = stream();
+  cudaEventRecord(outside, beside);
   void* memory = nullptr;
   const std::function<cudaError_t()> calls[] = {
       [&] {
@@ -568,6 +570,8 @@ TEST_F(Captures, UnsafeCallsAreUpToTheModes) {
       [&] { return cudaMalloc(&memory, 4); },
       [&] { return cudaHostAlloc(&memory, 4, 0); },
       [&] { return cudaFreeHost(memory); },
+      [&] { return cudaMallocAsync(&memory, 4, beside); },
+      [&] { return cudaFreeAsync(std::exchange(memory, nullptr), beside); },
   };
   for (const auto& call : calls) {
     begin();

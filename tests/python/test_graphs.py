@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps in CUDA graphs. Also on simulated devices, which capture what is ours and not what is torch's."""
 
+import gc
 import pathlib
 import re
+import weakref
 
 import numpy
 import pytest
@@ -224,6 +226,7 @@ def refusal(mine, error=fusestep.InvalidArgument):
         with pytest.raises(error) as caught:
             mine.step()
         raised.append(str(caught.value))
+        del caught  # whose frames hold torch's graph, which must not be collected in another capture
 
     device.capture(step).replay()
     return raised[0]
@@ -346,6 +349,45 @@ def test_torchs_check_is_asked(name, monkeypatch):
     assert asked == ([mine] if name in CAPTURABLE else [])
     device.capture(plain.step)
     assert asked == ([mine, plain] if name in CAPTURABLE else [])
+
+
+# ---- what comes between ------------------------------------------------------------------------
+
+
+def test_optimizers_are_collected_in_a_capture(name):
+    """The garbage collector comes when it likes; also to those whose steps are in graphs, and wait for them."""
+    gc.collect()
+    mine, reference = capturable(name)
+    for optimizer in (mine, reference):
+        train(optimizer, 1)
+    collected = []
+    for is_in_graph in (False, True):
+        other, _ = capturable(name, max_grad_norm=1.0)
+        train(other, 1)
+        if is_in_graph:
+            graph = device.capture(other.step)
+            graph.replay()
+            del graph  # torch's own, which may not be
+        cycle = [other]
+        cycle.append(cycle)
+        collected.append(weakref.ref(other))
+        del other, cycle
+
+    def step():
+        assert all(other() is not None for other in collected)
+        gc.collect()
+        assert all(other() is None for other in collected)
+        mine.step()
+
+    gc.disable()
+    try:
+        graph = device.capture(step)
+    finally:
+        gc.enable()
+    replay(graph, mine, reference, seed=1)
+    for optimizer in (mine, reference):  # which lets go of what was left
+        train(optimizer, 1, seed=2)
+    assert_same(mine, reference)
 
 
 # ---- arrays ------------------------------------------------------------------------------------
