@@ -9,6 +9,7 @@ The engine does it while it steps. Here is the rest: a norm of what no single pa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Iterator
@@ -56,7 +57,27 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
         if found_inf is not None:
             skipped = torch.as_tensor(found_inf, device=device).reshape(()) != 0
             divisor = torch.where(skipped, torch.ones_like(divisor), divisor)
-        torch._foreach_div_(list(alike.values()), divisor)
+        for together in _apart(list(alike.values())):
+            torch._foreach_div_(together, divisor)
+
+
+def _apart(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """All in one list, which one kernel may write at once; or if some share memory, each in its own."""
+    extents = sorted(map(_extent, tensors))
+    overlap = any(begin < end for (_, end), (begin, _) in itertools.pairwise(extents))
+    return [[tensor] for tensor in tensors] if overlap else [tensors]
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from which and to which its elements lie."""
+    try:
+        begin = tensor.data_ptr()
+    except RuntimeError:  # it stands for others
+        return 0, 0
+    if begin == 0 or tensor.numel() == 0:
+        return begin, begin
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 @contextlib.contextmanager

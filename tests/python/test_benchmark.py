@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fusestep
+import fusestep.optim
 from fusestep import __main__ as command_line
 from fusestep.benchmark import cases, contestants, devices, plots, workload
 
@@ -140,6 +141,26 @@ def test_nothing_but_the_files_is_told_where_there_is_no_terminal(tmp_path):
 
 def wrong(rule, groups):
     return torch.optim.Adam([{"params": group} for group in groups], lr=1.1, **rule.settings)
+
+
+def test_torchs_fused_adam_on_cuda_has_a_bound_of_its_own():
+    """And nobody else has, ours neither."""
+
+    def allowed(cls, dtype="float32", fused=True, is_cuda=True):
+        optimizer = cls([torch.nn.Parameter(torch.zeros(2))])
+        optimizer.param_groups[0].update(fused=fused, params=[types.SimpleNamespace(is_cuda=is_cuda)])
+        return workload.allowed_ulps(cases.Case("adam", dtype, "3x40", 1, "step"), optimizer)
+
+    assert allowed(torch.optim.Adam) == allowed(torch.optim.AdamW) == 66
+    assert 2 < allowed(torch.optim.Adam, dtype="bfloat16") < 2.01
+    for others in (
+        allowed(torch.optim.Adam, dtype="float64"),
+        allowed(torch.optim.Adam, fused=None),
+        allowed(torch.optim.Adam, is_cuda=False),
+        allowed(fusestep.optim.Adam),
+        allowed(torch.optim.SGD),
+    ):
+        assert others == 2
 
 
 def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch):

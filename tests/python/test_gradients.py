@@ -13,6 +13,7 @@ import torch
 import device
 import fusestep
 import support
+from fusestep import gradients
 
 SHAPES = ((33, 7), (5,), (), (4100,))
 SETTINGS = {**support.FULLEST, "SGD plain": {}}  # without slots too
@@ -140,6 +141,16 @@ def test_who_divides(case, monkeypatch):
             expected[1][:4] /= 2
         assert_same_grads(mine, expected)
     support.stepped_by_us(mine)
+
+
+def test_one_kernel_writes_no_memory_twice():
+    """Where gradients share memory, each is divided by a call of its own: they would race on a GPU."""
+    memory = torch.ones(12)
+    strided, between = torch.ones(4, 6)[:, ::3], torch.ones(0)
+    alone = [memory[:4], memory[4:8], memory[8:], strided, between, between]
+    assert gradients._apart(alone) == [alone]
+    for other in (memory[3:5], strided[2:], memory.view(3, 4)[:, 1:2]):
+        assert gradients._apart([*alone, other]) == [[tensor] for tensor in [*alone, other]]
 
 
 def test_gradients_that_begin_and_cease_to_overlap(monkeypatch):

@@ -265,7 +265,7 @@ def _file_entry(label, workload, folder):
 def _same_as_reference(workload, call, optimizer):
     def check(expected):
         ulps = worst_ulps(workload, expected, call, optimizer)
-        allowed = allowed_ulps(workload.case)
+        allowed = allowed_ulps(workload.case, optimizer)
         if ulps > allowed:
             raise LeftOut(
                 f"its result is {ulps:.3g} units in the last place a step from torch's formula in double,"
