@@ -107,6 +107,7 @@ TensorReader::TensorReader(const py::object& tensor_type) {
 }
 
 std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
+  trail_.touch(tensor);
   std::optional<TensorInfo> info =
       api_ != nullptr ? read_by_exchange(tensor) : read_by_methods(tensor);
   // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.

@@ -386,6 +386,7 @@ void TorchStepper::take_settings(const py::object& group) {
 
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
                               const py::object& dtensor, bool writes_grads) {
+  const TensorReader::Pass pass(reader_);
   dtensor_ = dtensor;
   writes_grads_ = writes_grads;
   groups_.clear();
