@@ -1,9 +1,10 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sums of squares in the order of detail/norm.h. A thread takes the elements t, t + 512, ... of its
+// Sums of squares in the order of detail/norm.h. A thread takes the elements t, t + 128, ... of its
 // block, so the first halvings stay in its registers; the others go through shared memory.
-// Neighbouring threads read neighbouring elements whatever the alignment.
+// Neighbouring threads read neighbouring elements whatever the alignment, and a thread has 32 loads
+// under way.
 #pragma once
 
 #include <bit>
@@ -19,7 +20,7 @@ inline constexpr int kNormPerThread = kNormBlock / kNormThreads;
 template <class Source>
 struct SumBlocks {
   static constexpr int kThreads = kNormThreads;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = 4;
   static constexpr int kPhases = 2 + std::countr_zero(unsigned{kThreads});
   struct Shared {
     double squares[kThreads];
@@ -45,14 +46,16 @@ struct SumBlocks {
   }
 };
 
-/// Adds x[0] ... x[kNormPerThread - 1] by halves.
-FUSESTEP_HD NormSum add_by_halves(NormSum (&x)[kNormPerThread]) {
+/// x[0] + ... + x[kCount - 1], by halves.
+template <int kCount>
+FUSESTEP_HD double add_by_halves(double* x) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
 #pragma unroll
-  for (int half = kNormPerThread / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) x[i] = add(x[i], x[i + half]);
+    for (int i = 0; i < kCount / 2; ++i) x[i] += x[i + kCount / 2];
+    return add_by_halves<kCount / 2>(x);
   }
-  return x[0];
 }
 
 /// Squares of gradients.
@@ -78,13 +81,19 @@ struct GradientSource {
     const std::int64_t begin = std::int64_t{index} * kNormBlock;
     const std::int64_t left = row.size - begin;
     const Grad* grad = static_cast<const Grad*>(row.grad) + begin;
-    NormSum x[kNormPerThread];
+    assume_global(grad);
+    double squares[kNormPerThread];
 #pragma unroll
     for (int k = 0; k < kNormPerThread; ++k) {
       const int i = thread + k * kNormThreads;
-      x[k] = i < left ? square(grad[i]) : NormSum{};
+      squares[k] = i < left ? square(grad[i]).squares : 0.0;
     }
-    return add_by_halves(x);
+    NormSum sum{add_by_halves<kNormPerThread>(squares), 0};
+    if (is_finite(sum.squares)) return sum;  // then all of them are
+    for (int i = thread; i < kNormBlock && i < left; i += kNormThreads) {
+      sum.nonfinite += square(grad[i]).nonfinite;
+    }
+    return sum;
   }
 };
 
@@ -116,13 +125,16 @@ struct SumSource {
   std::int64_t count;
 
   FUSESTEP_HD NormSum sum_of_thread(unsigned block, int thread) const {
-    NormSum x[kNormPerThread];
+    double squares[kNormPerThread];
+    std::int64_t nonfinite = 0;
 #pragma unroll
     for (int k = 0; k < kNormPerThread; ++k) {
       const std::int64_t i = std::int64_t{block} * kNormBlock + thread + k * kNormThreads;
-      x[k] = i < count ? sums[i] : NormSum{};
+      const NormSum one = i < count ? sums[i] : NormSum{};
+      squares[k] = one.squares;
+      nonfinite += one.nonfinite;
     }
-    return add_by_halves(x);
+    return {add_by_halves<kNormPerThread>(squares), nonfinite};
   }
 };
 

@@ -38,7 +38,7 @@ constexpr unsigned apply_threads(std::int64_t elements_per_chunk) {
 }
 
 inline constexpr int kPrepareThreads = 128;
-inline constexpr int kNormThreads = 512;
+inline constexpr int kNormThreads = 128;
 
 /// Bytes of pinned memory that uploads pass through. Holds the tables of 10,000 tensors.
 inline constexpr std::size_t kRingBytes = std::size_t{2} << 20;

@@ -17,6 +17,14 @@
 
 namespace fusestep::detail {
 
+/// Says that the address, which comes from a table, is in global memory: accesses to it are shorter
+/// then.
+FUSESTEP_HD void assume_global([[maybe_unused]] const void* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+}
+
 /// a * b + c, rounded once.
 FUSESTEP_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
