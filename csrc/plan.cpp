@@ -11,13 +11,14 @@
 namespace fusestep::detail {
 namespace {
 
-/// The first element at which every array of the row starts a vector of `width` elements. Vectors
-/// are read in pieces of 16 bytes.
+/// The first element at which every array of the row starts a vector of `width` elements. Accesses
+/// have 16 bytes at most.
 std::int32_t vector_head(const TensorRow& row, const LayoutKey& layout, int slots, int width) {
   const auto lines_up = [&](const void* data, DType dtype, int element) {
     const auto address = reinterpret_cast<std::uintptr_t>(data) +
                          static_cast<std::uintptr_t>(element) * size_of(dtype);
-    return address % 16 == 0;
+    return address % std::min<std::size_t>(16, static_cast<std::size_t>(width) * size_of(dtype)) ==
+           0;
   };
   for (int element = 0; element < width; ++element) {
     bool all =

@@ -1,9 +1,11 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernel of the step: one chunk of one tensor per thread block, whatever group it belongs to.
+// The kernel of the step: a few thread blocks for each chunk of each tensor, whatever group it
+// belongs to.
 #pragma once
 
+#include "fusestep/detail/convert.h"
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/detail/tables.h"
@@ -14,7 +16,7 @@ namespace fusestep::detail {
 
 /// Where the tables of a step lie on the device.
 struct ApplyTables {
-  const Chunk* chunks;  // of the bucket: one per block
+  const Chunk* chunks;  // of the bucket
   const TensorRow* tensors;
   const ScalarRow* scalars;
   const Control* control;
@@ -27,16 +29,17 @@ struct Apply {
   using Grad = typename L::Grad;
   using Slot = typename L::Slot;
   static constexpr int kThreads = ApplyTuning<L>::kThreads;
-  static constexpr int kMinBlocks = ApplyTuning<L>::kMinBlocks;
+  static constexpr int kMinBlocks = ApplyTuning<L>::template kMinBlocks<R>;
   static constexpr int kWidth = ApplyTuning<L>::kWidth;
+  static constexpr int kVectors = ApplyTuning<L>::template kVectors<R>;
   static constexpr int kChunk = ApplyTuning<L>::kChunk;
 
   ApplyTables tables;
-  unsigned threads;  // of a block, kThreads at most
+  unsigned blocks_log2;  // of a chunk
 
   FUSESTEP_HD void operator()(unsigned block, unsigned thread) const {
     const int skip = tables.control->skip;  // looked at below: the loads do not wait for each other
-    const Chunk chunk = tables.chunks[block];
+    const Chunk chunk = tables.chunks[block >> blocks_log2];
     const TensorRow& row = tables.tensors[chunk.tensor];
     const RuleScalars<R, Real> scalars =
         tables.scalars[chunk.tensor].template as<RuleScalars<R, Real>>();
@@ -49,12 +52,14 @@ struct Apply {
     // A head up to the first aligned element, whole vectors, and a tail.
     const int head = row.head < count ? row.head : count;
     const int vectors = (count - head) / kWidth;
-    const int stride = static_cast<int>(threads);
-    for (int i = static_cast<int>(thread); i < vectors; i += stride) {
-      step_vector(scalars, arrays, head + i * kWidth);
+    const unsigned block_of_chunk = block & ((1u << blocks_log2) - 1);
+    const int first = static_cast<int>(block_of_chunk * kThreads + thread);
+    const int stride = kThreads << blocks_log2;
+    for (int i = first; i < vectors; i += kVectors * stride) {
+      step_vectors(scalars, arrays, head, i, stride, vectors);
     }
     const int rest = count - vectors * kWidth;
-    for (int i = static_cast<int>(thread); i < rest; i += stride) {
+    for (int i = first; i < rest; i += stride) {
       step_element(scalars, arrays, i < head ? i : i + vectors * kWidth);
     }
   }
@@ -78,7 +83,13 @@ struct Apply {
           noise(noise_key_from(scalars.noise, begin)),
           first(static_cast<std::uint32_t>(begin)) {
 #pragma unroll
-      for (int k = 0; k < R::kSlots; ++k) slot[k] = static_cast<Slot*>(row.slot[k]) + begin;
+      for (int k = 0; k < R::kSlots; ++k) {
+        slot[k] = static_cast<Slot*>(row.slot[k]) + begin;
+        assume_global(slot[k]);
+      }
+      assume_global(value);
+      assume_global(parameter);
+      assume_global(grad);
     }
   };
 
@@ -93,36 +104,63 @@ struct Apply {
     }
   }
 
-  FUSESTEP_HD static void step_vector(const Scalars& scalars, const Arrays& arrays, int element) {
-    Real p[kWidth], g[kWidth], slot[kMaxSlots][kWidth];
-    load_vector<kWidth>(arrays.parameter + element, p);
+  /// What a thread holds of all arrays, as it is stored.
+  struct Vectors {
+    Vector<Parameter, kWidth> parameter;
+    Vector<Slot, kWidth> slot[kMaxSlots];
+    Vector<Grad, kWidth> grad;
+
+    Vectors() = default;
+    FUSESTEP_HD Vectors(const Arrays& arrays, int element)
+        : parameter(load_vector<kWidth>(arrays.parameter + element)) {
 #pragma unroll
-    for (int k = 0; k < R::kSlots; ++k) load_vector<kWidth>(arrays.slot[k] + element, slot[k]);
-    // Last: in another order some kernels with three slots of float32 spill.
-    load_vector<kWidth>(arrays.grad + element, g);
-    if constexpr (L::kExtra == Extra::kStoreGrad) {
-      store_vector(arrays.grad + element, g,
-                   [&](Real x, int) { return store_as<Grad>(scalars.grad_unscale * x); });
+      for (int k = 0; k < R::kSlots; ++k) slot[k] = load_vector<kWidth>(arrays.slot[k] + element);
+      grad = load_vector<kWidth>(arrays.grad + element);
     }
+  };
+
+  /// Vectors i, i + stride, ..., as far as they exist: all are loaded before the first is stepped.
+  FUSESTEP_HD static void step_vectors(const Scalars& scalars, const Arrays& arrays, int head,
+                                       int i, int stride, int vectors) {
+    Vectors loaded[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = i + k * stride;
+      if (vector < vectors) loaded[k] = Vectors(arrays, head + vector * kWidth);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = i + k * stride;
+      if (vector < vectors) step_vector(scalars, arrays, head + vector * kWidth, loaded[k]);
+    }
+  }
+
+  FUSESTEP_HD static void step_vector(const Scalars& scalars, const Arrays& arrays, int element,
+                                      Vectors& x) {
+    Vector<Value, kWidth> value;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
+      Real p = load_as<Real>(x.parameter[j]);
+      const Real g = load_as<Real>(x.grad[j]);
       Real own[kMaxSlots];
 #pragma unroll
-      for (int k = 0; k < R::kSlots; ++k) own[k] = slot[k][j];
-      R::template apply<Real>(scalars.rule, p[j], scaled_and_clipped(scalars, g[j]), own);
+      for (int k = 0; k < R::kSlots; ++k) own[k] = load_as<Real>(x.slot[k][j]);
+      if constexpr (L::kExtra == Extra::kStoreGrad) {
+        x.grad[j] = store_as<Grad>(scalars.grad_unscale * g);
+      }
+      R::template apply<Real>(scalars.rule, p, scaled_and_clipped(scalars, g), own);
+      if constexpr (L::kHasMaster) x.parameter[j] = p;
+      value[j] = rounded<Value>(p, arrays, element + j, 0);
 #pragma unroll
-      for (int k = 0; k < R::kSlots; ++k) slot[k][j] = own[k];
+      for (int k = 0; k < R::kSlots; ++k) {
+        x.slot[k][j] = rounded<Slot>(own[k], arrays, element + j, k + 1);
+      }
     }
-    if constexpr (L::kHasMaster) {
-      store_vector(arrays.parameter + element, p, [](Real x, int) { return x; });
-    }
-    store_vector(arrays.value + element, p,
-                 [&](Real x, int j) { return rounded<Value>(x, arrays, element + j, 0); });
+    if constexpr (L::kExtra == Extra::kStoreGrad) store_vector(arrays.grad + element, x.grad);
+    if constexpr (L::kHasMaster) store_vector(arrays.parameter + element, x.parameter);
+    store_vector(arrays.value + element, value);
 #pragma unroll
-    for (int k = 0; k < R::kSlots; ++k) {
-      store_vector(arrays.slot[k] + element, slot[k],
-                   [&](Real x, int j) { return rounded<Slot>(x, arrays, element + j, k + 1); });
-    }
+    for (int k = 0; k < R::kSlots; ++k) store_vector(arrays.slot[k] + element, x.slot[k]);
   }
 
   FUSESTEP_HD static void step_element(const Scalars& scalars, const Arrays& arrays, int element) {

@@ -11,10 +11,10 @@
 namespace fusestep::detail {
 
 template <class R, class L>
-cudaError_t launch_apply(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
+cudaError_t launch_apply(const ApplyTables& tables, unsigned chunks, std::int64_t elements,
                          cudaStream_t stream) {
-  const unsigned threads = apply_threads<L>(elements / blocks);
-  return launch(Apply<R, L>{tables, threads}, blocks, stream);
+  const unsigned log2 = apply_blocks_log2<R, L>((elements + chunks - 1) / chunks);
+  return launch(Apply<R, L>{tables, log2}, chunks << log2, stream);
 }
 
 template <class R>

@@ -11,11 +11,11 @@
 namespace fusestep::detail {
 
 struct ApplyKernel {
-  /// One block per chunk; `elements` are those of all chunks.
-  cudaError_t (*launch)(const ApplyTables& tables, unsigned blocks, std::int64_t elements,
+  /// `elements` are those of all chunks.
+  cudaError_t (*launch)(const ApplyTables& tables, unsigned chunks, std::int64_t elements,
                         cudaStream_t stream);
   cudaError_t (*load)();
-  int chunk;  // elements of a block
+  int chunk;  // elements of a chunk
   int width;  // elements of a vector
 };
 

@@ -17,20 +17,6 @@
 
 #include "fusestep/detail/host_device.h"
 
-namespace fusestep::detail {
-
-/// kThreads, or fewer if the body has a member `threads` that says so.
-template <class Body>
-unsigned block_threads(const Body& body) {
-  if constexpr (requires { body.threads; }) {
-    return body.threads;
-  } else {
-    return Body::kThreads;
-  }
-}
-
-}  // namespace fusestep::detail
-
 #if defined(__CUDACC__)
 
 namespace fusestep::detail {
@@ -55,7 +41,7 @@ template <class Body>
 cudaError_t launch(const Body& body, unsigned blocks, cudaStream_t stream) {
   void* arguments[] = {const_cast<Body*>(&body)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(&fusestep_kernel<Body>), dim3(blocks),
-                          dim3(block_threads(body)), arguments, 0, stream);
+                          dim3(Body::kThreads), arguments, 0, stream);
 }
 
 /// Brings the kernel to the current device now, where a failure can still be undone.

@@ -1,63 +1,78 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Between memory and registers, 16 bytes at a time. The addresses come from a table, so the
-// compiler cannot know that they are global memory; the intrinsics say so, and that the data is
-// used once.
+// Between memory and registers, a vector at a time. The compiler would take plain copies apart into
+// accesses of 4 bytes, so the intrinsics say how wide they are.
 #pragma once
 
-#include "fusestep/detail/convert.h"
+#include <algorithm>
+#include <cstddef>
+
 #include "fusestep/detail/host_device.h"
 
 namespace fusestep::detail {
 
-template <class T>
-struct alignas(16) Vector16 {
-  static constexpr int kElements = 16 / sizeof(T);
-  T element[kElements];
+/// Neighbouring elements as they are stored: one access where they have 16 bytes or fewer.
+template <class T, int kWidth>
+struct Vector {
+  static constexpr std::size_t kAccessBytes = std::min<std::size_t>(kWidth * sizeof(T), 16);
+  static constexpr int kPerAccess = static_cast<int>(kAccessBytes / sizeof(T));
+  static constexpr int kAccesses = kWidth / kPerAccess;
+  static_assert(kWidth % kPerAccess == 0);
+
+  struct alignas(kAccessBytes) Piece {
+    T element[kPerAccess];
+  };
+  Piece piece[kAccesses];
+
+  FUSESTEP_HD T& operator[](int i) { return piece[i / kPerAccess].element[i % kPerAccess]; }
+  FUSESTEP_HD const T& operator[](int i) const {
+    return piece[i / kPerAccess].element[i % kPerAccess];
+  }
 };
 
-template <class T>
-FUSESTEP_HD Vector16<T> load_16_bytes(const T* from) {
 #if defined(__CUDA_ARCH__)
-  return __builtin_bit_cast(Vector16<T>, __ldcg(reinterpret_cast<const uint4*>(from)));
-#else
-  return *reinterpret_cast<const Vector16<T>*>(from);
+template <std::size_t kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<8> {
+  using Word = uint2;
+};
+template <>
+struct AccessOf<16> {
+  using Word = uint4;
+};
 #endif
-}
 
-template <class T>
-FUSESTEP_HD void store_16_bytes(T* to, const Vector16<T>& vector) {
+/// kWidth elements from an address that is aligned to Vector::kAccessBytes.
+template <int kWidth, class T>
+FUSESTEP_HD Vector<T, kWidth> load_vector(const T* from) {
+  using V = Vector<T, kWidth>;
+  V to;
+#pragma unroll
+  for (int i = 0; i < V::kAccesses; ++i) {
 #if defined(__CUDA_ARCH__)
-  __stcg(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, vector));
+    using Word = typename AccessOf<V::kAccessBytes>::Word;
+    const Word word = __ldca(reinterpret_cast<const Word*>(from) + i);
+    to.piece[i] = __builtin_bit_cast(typename V::Piece, word);
 #else
-  *reinterpret_cast<Vector16<T>*>(to) = vector;
+    to.piece[i] = reinterpret_cast<const typename V::Piece*>(from)[i];
 #endif
-}
-
-/// kWidth elements from a 16-byte aligned address.
-template <int kWidth, class Real, class T>
-FUSESTEP_HD void load_vector(const T* from, Real (&to)[kWidth]) {
-  constexpr int kPiece = Vector16<T>::kElements;
-  static_assert(kWidth % kPiece == 0);
-#pragma unroll
-  for (int i = 0; i < kWidth; i += kPiece) {
-    const Vector16<T> vector = load_16_bytes(from + i);
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) to[i + j] = load_as<Real>(vector.element[j]);
   }
+  return to;
 }
 
-/// `store(x, i)` makes the stored type of element i.
-template <class T, int kWidth, class Real, class Store>
-FUSESTEP_HD void store_vector(T* to, const Real (&from)[kWidth], Store store) {
-  constexpr int kPiece = Vector16<T>::kElements;
+template <int kWidth, class T>
+FUSESTEP_HD void store_vector(T* to, const Vector<T, kWidth>& from) {
+  using V = Vector<T, kWidth>;
 #pragma unroll
-  for (int i = 0; i < kWidth; i += kPiece) {
-    Vector16<T> vector;
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) vector.element[j] = store(from[i + j], i + j);
-    store_16_bytes(to + i, vector);
+  for (int i = 0; i < V::kAccesses; ++i) {
+#if defined(__CUDA_ARCH__)
+    using Word = typename AccessOf<V::kAccessBytes>::Word;
+    __stwb(reinterpret_cast<Word*>(to) + i, __builtin_bit_cast(Word, from.piece[i]));
+#else
+    reinterpret_cast<typename V::Piece*>(to)[i] = from.piece[i];
+#endif
   }
 }
 

@@ -17,7 +17,7 @@ namespace cuda_sim {
 
 template <class Body>
 void run_block(const Body& body, unsigned block, bool backwards) {
-  const unsigned threads = fusestep::detail::block_threads(body);
+  constexpr unsigned threads = Body::kThreads;
   const auto index = [&](unsigned i) { return backwards ? threads - 1 - i : i; };
   if constexpr (requires { typename Body::Shared; }) {
     typename Body::Shared shared;
