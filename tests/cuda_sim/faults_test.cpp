@@ -111,7 +111,10 @@ class Checkpoints final : public Life {
  public:
   Checkpoints() {
     const std::vector<TensorSpec> tensors = {{70}, {0}};
-    const std::vector<GroupSpec> first = {{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[2], tensors}};
+    GroupSpec flat{"flat", AdamHyper{.lr = 1e-2}, kLayoutCases[0], {{70}, {33}}};
+    flat.flat = true;
+    const std::vector<GroupSpec> first = {{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[2], tensors},
+                                          flat};
     const std::vector<GroupSpec> second = {
         {"b", SgdHyper{.momentum = 0.9}, kLayoutCases[1], {{9}}}};
     const int batches[] = {twins->prepare(first, 0), twins->prepare(second, 1)};
