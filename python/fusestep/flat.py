@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import itertools
 import weakref
 from typing import Any
@@ -304,9 +305,19 @@ def _why_not(p):
         return f"not for a tensor that is not dense in memory: shape {list(p.shape)}, strides {list(p.stride())}"
     if p.device.type == "cpu" and p.is_shared():
         return "it lies in memory shared with other processes, and would not any more"
-    if any(p in flat for flat in _flattened):
+    if _is_flat_elsewhere(p):
         return "it is in the buffer of another optimizer"
     return None
+
+
+def _is_flat_elsewhere(p):
+    """An optimizer that nobody has any more may live on in a cycle, as schedules make them."""
+    for collects in (True, False):
+        if not any(p in flat for flat in _flattened):
+            return False
+        if collects:
+            gc.collect()
+    return True
 
 
 def _has_memory(p):
@@ -398,7 +409,7 @@ class _States(collections.defaultdict):
             self[p] = own
 
     def __reduce__(self):
-        return _plain_states, (dict(self),)
+        return collections.defaultdict, (dict, dict(self))
 
     def __setitem__(self, p, own):
         if isinstance(own, dict):
@@ -426,10 +437,6 @@ class _States(collections.defaultdict):
 
     __delitem__ = _announced(dict.__delitem__)
     pop, popitem, clear = map(_announced, (dict.pop, dict.popitem, dict.clear))
-
-
-def _plain_states(states):
-    return collections.defaultdict(dict, states)
 
 
 def plain_state(own: Any) -> Any:

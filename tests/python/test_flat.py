@@ -725,6 +725,14 @@ def test_refused_optimizers():
         flatten(optimizer)
 
 
+def test_an_optimizer_that_is_gone_holds_nothing():
+    p = one(3)
+    for _ in range(3):
+        optimizer = fusestep.optim.SGD([p], lr=0.1)
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which makes a cycle
+        flatten(optimizer)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_listed_twice_is_refused():
     p = one(3)
