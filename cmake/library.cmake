@@ -13,6 +13,7 @@ add_library(fusestep
   csrc/checkpoint/state_file.cpp
   csrc/capture.cpp
   csrc/engine.cpp
+  csrc/flat.cpp
   csrc/groups.cpp
   csrc/hyper.cpp
   csrc/names.cpp

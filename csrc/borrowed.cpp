@@ -161,6 +161,12 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
   now_.engine->step(options);
 }
 
+void BorrowedPass::step_again(std::span<const BorrowedGroup> groups, const StepOptions& options) {
+  now_.engine->refuse_if_broken();
+  now_.reset_changed(groups);
+  now_.engine->step(options);
+}
+
 /// Groups are known by their position; one whose rule has become another is left alone.
 void BorrowedPass::Known::reset_changed(std::span<const BorrowedGroup> now) {
   for (std::size_t i = 0; i < std::min(now.size(), groups.size()); ++i) {

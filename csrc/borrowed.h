@@ -48,6 +48,7 @@ class BorrowedPass {
  public:
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  void step_again(std::span<const BorrowedGroup> groups, const StepOptions& options);
   /// Settings of the groups that were there at the last step, brought to the devices.
   void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
   bool in_graphs() const;
@@ -83,6 +84,12 @@ class BorrowedOptimizer {
   /// without. Tensors that share memory step one after the other, in their order.
   void step(std::span<const BorrowedGroup> groups, std::span<const BorrowedTensor> tensors,
             const StepOptions& options);
+  /// The same with the tensors of the last call of step(), which has worked and took no turns; the
+  /// groups' rules are those they had. What it costs does not depend on how many there are.
+  void step_again(std::span<const BorrowedGroup> groups, const StepOptions& options) {
+    passes_[0].step_again(groups, options);
+    ++steps_;
+  }
   /// Brings changed settings to the devices, for graphs that run after it.
   void sync_hyper(std::span<const BorrowedGroup> groups, std::span<const Stream> streams);
   /// Whether some step of its was captured, and graphs may still make it.

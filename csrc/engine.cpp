@@ -166,7 +166,12 @@ void Engine::check(const StepOptions& options) {
   if (!(options.clip_value >= 0)) {
     throw InvalidArgument("clip_value must be >= 0, got " + std::to_string(options.clip_value));
   }
-  if (options.store_unscaled_grads) refuse_if_grads_cannot_be_stored();
+  const auto is_planned = [](const auto& device) {
+    return device->stores_grads && !device->members_changed;
+  };
+  if (options.store_unscaled_grads && !std::all_of(devices_.begin(), devices_.end(), is_planned)) {
+    refuse_if_grads_cannot_be_stored();
+  }
   for (const Stream& stream : options.streams) {
     const auto same_device = [&](const Stream& other) { return other.device == stream.device; };
     if (std::count_if(options.streams.begin(), options.streams.end(), same_device) != 1) {

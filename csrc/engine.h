@@ -69,6 +69,8 @@ class Engine {
   // groups.cpp: who is there, and with which settings
   int add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
                 GroupOptions options);
+  int add_flat_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                     GroupOptions options, std::span<const Stream> streams);
   int find_group(std::string_view name) const;
   int find_parameter(std::string_view name) const;
   void set_hyper(int group, const Hyper& hyper);
@@ -83,6 +85,10 @@ class Engine {
   void set_frozen(std::string_view name, bool frozen);
   const std::vector<GroupRecord>& groups() const { return groups_; }
   const std::vector<ParameterRecord>& parameters() const { return parameters_; }
+
+  // flat.cpp: groups whose memory is the optimizer's
+  std::vector<FlatBuffer> flat_buffers(int group) const;
+  void zero_grad(int group, std::span<const Stream> streams);
 
   // state.cpp: what has become of them
   StepState read_state(int parameter);
@@ -126,6 +132,21 @@ class Engine {
  private:
   friend class EngineSource;  // checkpoint/: state as a whole
   friend class EngineLoader;
+
+  /// A group that was checked and nobody knows of yet.
+  struct JoiningGroup {
+    GroupRecord group;
+    std::vector<ParameterRecord> parameters;
+    std::unordered_map<std::string, int> names;
+  };
+  JoiningGroup checked(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                       const GroupOptions& options);
+  template <class F>
+  int enter(JoiningGroup joining, F&& lay_out);
+  void move_to_buffers(std::size_t first, std::span<const Stream> streams);
+  void plan_place(int parameter);
+  void fill_buffer(const FlatRecord& flat, std::span<const Stream> streams);
+  void move_to(FlatRecord& flat);
 
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
@@ -182,6 +203,7 @@ class Engine {
   std::vector<std::unique_ptr<DeviceRecord>> devices_;
   std::vector<GroupRecord> groups_;
   std::vector<ParameterRecord> parameters_;
+  std::vector<std::unique_ptr<FlatRecord>> flats_;
   std::unordered_map<std::string, int> group_names_, parameter_names_;
   std::string broken_;  // what a device reported; empty while all is well
   bool memory_is_checked_ = true;

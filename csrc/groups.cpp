@@ -40,6 +40,12 @@ void check_grad(const std::string& where, const GroupOptions& options, const Ten
 
 int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
                       GroupOptions options) {
+  return enter(checked(std::move(name), hyper, std::move(parameters), options), [](std::size_t) {});
+}
+
+Engine::JoiningGroup Engine::checked(std::string name, const Hyper& hyper,
+                                     std::vector<Parameter> parameters,
+                                     const GroupOptions& options) {
   const std::string group_text = "group '" + name + "'";
   if (group_names_.count(name) != 0) {
     throw InvalidArgument(group_text + ": there is a group of this name already");
@@ -76,16 +82,24 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
   for (ParameterRecord& record : joining) {
     record.device = device_index(record.value.device, detail::where(group.name, record.name));
   }
+  return {std::move(group), std::move(joining), std::move(names)};
+}
 
+/// lay_out(index of the first new parameter) comes last of what can fail.
+template <class F>
+int Engine::enter(JoiningGroup joining, F&& lay_out) {
+  auto& [group, records, names] = joining;
   // Everything that can still fail happens on copies or is taken back.
+  const int group_index = static_cast<int>(groups_.size());
   const std::size_t before = parameters_.size();
   group_names_.reserve(group_names_.size() + 1);
   parameter_names_.reserve(parameter_names_.size() + names.size());
   std::unordered_map<std::string, int> group_name{{group.name, group_index}};
   groups_.push_back(std::move(group));
   try {
-    for (ParameterRecord& record : joining) parameters_.push_back(std::move(record));
+    for (ParameterRecord& record : records) parameters_.push_back(std::move(record));
     for (const auto& device : devices_) refuse_values_and_slots_that_overlap(device->device);
+    lay_out(before);
   } catch (...) {
     groups_.pop_back();
     parameters_.resize(before);
@@ -100,6 +114,18 @@ int Engine::add_group(std::string name, const Hyper& hyper, std::vector<Paramete
   }
   for (const auto& device : devices_) device->hypers_changed = true;
   return group_index;
+}
+
+/// What add_group() would take, moved into buffers of its own. Where several devices are involved,
+/// what was enqueued on one of them before another one failed reads the caller's memory and nobody
+/// reads what it writes.
+int Engine::add_flat_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                           GroupOptions options, std::span<const Stream> streams) {
+  refuse_if_broken();
+  check({.streams = streams});
+  refuse_in_capture("add_flat_group()", streams);
+  JoiningGroup joining = checked(std::move(name), hyper, std::move(parameters), options);
+  return enter(std::move(joining), [&](std::size_t first) { move_to_buffers(first, streams); });
 }
 
 int Engine::find_group(std::string_view name) const { return find(group_names_, "group", name); }

@@ -60,6 +60,8 @@ void GroupRef::set_hyper(const Hyper& hyper) { engine_->set_hyper(group_, hyper)
 double GroupRef::lr() const { return learning_rate(hyper()); }
 void GroupRef::set_lr(double lr) { engine_->set_lr(group_, lr); }
 void GroupRef::set_lr_source(const TensorView& source) { engine_->set_lr_source(group_, source); }
+std::vector<FlatBuffer> GroupRef::flat_buffers() const { return engine_->flat_buffers(group_); }
+void GroupRef::zero_grad(std::span<const Stream> streams) { engine_->zero_grad(group_, streams); }
 void GroupRef::freeze() {
   for (ParameterRef member : parameters()) member.freeze();
 }
@@ -77,6 +79,12 @@ GroupRef Optimizer::add_group(std::string name, const Hyper& hyper,
                               std::vector<Parameter> parameters, GroupOptions options) {
   return {engine_.get(),
           engine_->add_group(std::move(name), hyper, std::move(parameters), options)};
+}
+GroupRef Optimizer::add_flat_group(std::string name, const Hyper& hyper,
+                                   std::vector<Parameter> parameters, GroupOptions options,
+                                   std::span<const Stream> streams) {
+  return {engine_.get(),
+          engine_->add_flat_group(std::move(name), hyper, std::move(parameters), options, streams)};
 }
 bool Optimizer::can_store_grads() const { return engine_->can_store_grads(); }
 void Optimizer::refresh_master_weights(std::span<const Stream> streams) {

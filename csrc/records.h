@@ -26,6 +26,32 @@ struct Slot {
   bool bound;  // the caller's memory, not the state store's
 };
 
+/// Parameters of a flat group that share a layout, one after the other in one buffer of values, one
+/// of gradients and one of each slot: all have an element at the same index.
+struct FlatRecord {
+  struct SlotBuffer {
+    std::string_view name;
+    DType dtype;
+    char* data;
+    std::size_t arena;  // index of its memory in the state store
+  };
+  int group;
+  int device;  // index in Engine::devices_
+  DType value, grad;
+  std::int64_t size = 0;  // elements, those between parameters included
+  char* values = nullptr;
+  char* grads = nullptr;
+  std::vector<SlotBuffer> slots = {};
+  std::vector<int> parameters = {};
+
+  const SlotBuffer* find_slot(std::string_view name, DType dtype) const {
+    for (const SlotBuffer& slot : slots) {
+      if (slot.name == name && slot.dtype == dtype) return &slot;
+    }
+    return nullptr;
+  }
+};
+
 struct ParameterRecord {
   std::string name;
   int group;
@@ -41,6 +67,8 @@ struct ParameterRecord {
   void* step_tensor = nullptr;    // the caller's count, see PrepareRow
   bool step_is_double = false;
   std::uint64_t noise_seed = 0;  // of stochastic rounding
+  FlatRecord* flat = nullptr;    // of a flat group: where its memory is
+  std::int64_t flat_begin = 0;   // its first element there
   bool frozen = false;
   bool may_lack_grad = false;  // in a captured step; its framework has been asked
   bool grad_moved = false;     // since the plan was staged: it is in DeviceRecord::changed_grads

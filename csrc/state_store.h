@@ -1,7 +1,8 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where slots live: arenas, one per dtype each time parameters step for the first time.
+// Where slots live: arenas, one per dtype each time parameters step for the first time; those of
+// flat groups in a buffer per slot. The buffers of values and gradients of flat groups, too.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +22,9 @@ class StateStore {
 
   struct Wanted {
     ParameterRecord* parameter;
-    Slot slot;           // without an address
-    bool spare = false;  // it had memory that lay idle
+    Slot slot;            // without an address
+    bool spare = false;   // it had memory that lay idle
+    bool placed = false;  // in a new buffer of its flat group
   };
   struct Growth {
     std::vector<Wanted> slots;
@@ -35,11 +37,18 @@ class StateStore {
   /// Takes the latest growth back.
   void undo(const Growth& growth, void* stream) noexcept;
 
+  /// Makes its buffers of values and gradients, zeroed. Throws OutOfMemory and changes nothing.
+  void allocate(FlatRecord& flat, void* stream);
+  /// Takes the latest call back, if nothing was allocated since.
+  void undo_allocate(void* stream) noexcept;
+
  private:
   struct Arena {
     char* data;
     std::size_t bytes;
   };
+  char* allocate_buffer(const FlatRecord& flat, DType dtype, std::size_t position, void* stream);
+  void place(Wanted& wanted, std::size_t arenas_before, void* stream);
   void allocate_arena(Growth& growth, DType dtype, void* stream);
   void free_arenas(std::size_t keep, void* stream) noexcept;
 

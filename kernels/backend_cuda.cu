@@ -359,8 +359,14 @@ class CudaBackend final : public Backend {
     work.finish();
   }
   void clear(void* data, std::size_t bytes, void* stream) override {
+    Work work(*this, stream, Captured::kToo);
+    cuda_check(cudaMemsetAsync(data, 0, bytes, work.stream()), device_, "clearing memory");
+    work.finish();
+  }
+  void copy(void* to, const void* from, std::size_t bytes, void* stream) override {
     Work work(*this, stream);
-    cuda_check(cudaMemsetAsync(data, 0, bytes, work.stream()), device_, "clearing state");
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, work.stream()), device_,
+               "copying values");
     work.finish();
   }
   void widen(float* to, const void* from, DType dtype, std::int64_t count, void* stream) override {

@@ -270,6 +270,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("writes_grads"))
       .def("add", &TorchStepper::add, py::arg("group"), py::arg("position"), py::arg("value"),
            py::arg("grad"), py::arg("state"), py::arg("fresh"))
+      .def("remember", &TorchStepper::remember, py::arg("groups"), py::arg("places"))
+      .def("is_unchanged", &TorchStepper::is_unchanged, py::arg("groups"), py::arg("writes_grads"),
+           py::arg("looks_at_all"))
+      .def("strays", &TorchStepper::strays, py::arg("groups"))
       .def("takes_turns", &TorchStepper::takes_turns)
       .def("can_store_grads", &TorchStepper::can_store_grads)
       .def("step", &TorchStepper::step, py::arg("found_inf"), py::arg("loss_scale"),

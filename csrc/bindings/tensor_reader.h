@@ -106,6 +106,9 @@ class TensorReader {
     Trail& trail_;
   };
 
+  /// The address alone, of a tensor that read() takes; null where it cannot be told.
+  const void* data(PyObject* tensor) const;
+
   /// torch's current stream of a CUDA device.
   void* current_stream(Device device) const;
 

@@ -17,6 +17,7 @@ namespace {
 /// Names that are looked up for every group and parameter, made once and kept for ever.
 struct Keys {
   PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* step = PyUnicode_InternFromString("step");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
@@ -64,6 +65,9 @@ PyObject* slot_key(std::string_view name) {
   return std::find_if(table.begin(), table.end(), named)->second;
 }
 
+/// Parameters ahead of which their objects are asked from memory.
+constexpr Py_ssize_t kAhead = 8;
+
 bool is_none_or_missing(PyObject* object) { return object == nullptr || object == Py_None; }
 
 bool says_yes(PyObject* tensor, PyObject* question) {
@@ -78,6 +82,35 @@ py::object attribute(PyObject* owner, PyObject* name) {
   if (!value) throw py::error_already_set();
   return value;
 }
+
+/// Reads one attribute of many objects. Where that is a getter in C of the type, as torch's are, it
+/// is looked up once.
+class AttributeOf {
+ public:
+  explicit AttributeOf(PyObject* name) : name_(name) {}
+  py::object operator()(PyObject* owner) {
+    if (Py_TYPE(owner) != type_) find_getter(Py_TYPE(owner));
+    if (getter_ == nullptr) return attribute(owner, name_);
+    auto value = py::reinterpret_steal<py::object>(getter_->get(owner, getter_->closure));
+    if (!value) throw py::error_already_set();
+    return value;
+  }
+
+ private:
+  void find_getter(PyTypeObject* type) {
+    type_ = type;
+    getter_ = nullptr;
+    descriptor_ = attribute(reinterpret_cast<PyObject*>(type), name_);
+    const bool is_plain = type->tp_getattro == PyObject_GenericGetAttr;
+    if (!is_plain || !Py_IS_TYPE(descriptor_.ptr(), &PyGetSetDescr_Type)) return;
+    getter_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
+  }
+
+  PyObject* name_;
+  PyTypeObject* type_ = nullptr;
+  py::object descriptor_;
+  PyGetSetDef* getter_ = nullptr;
+};
 
 bool equal_in(const py::object& a, const py::object& b, PyObject* name) {
   const py::object first = attribute(a.ptr(), name), second = attribute(b.ptr(), name);
@@ -395,6 +428,10 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   lr_tensors_.clear();
   taken_ = 0;
   compared_ = 0;
+  known_.clear();
+  steps_again_ = false;
+  devices_are_known_ = false;
+  can_store_grads_.reset();
   written_ = py::list();
   py::list unready;
   int position = 0;  // among all parameters
@@ -436,17 +473,135 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
   tensor.noise_seed = noise_seed_of(kinds_.at(static_cast<std::size_t>(group)), position);
   tensor.buffer_filled = !fresh;
   if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
+  devices_are_known_ = false;
+  can_store_grads_.reset();
   take(value.ptr(), grad.ptr(), tensor);
   return true;
 }
 
+bool TorchStepper::remember(const py::list& groups, const py::list& places) {
+  known_.clear();
+  if (takes_turns()) return false;
+  std::vector<Known> known;
+  std::size_t position = 0;
+  for (const py::handle group : groups) {
+    Known seen{py::reinterpret_borrow<py::object>(item(group.ptr(), keys().params)), {}};
+    for (const py::handle value : py::reinterpret_borrow<py::list>(seen.params)) {
+      const py::object grad = attribute(value.ptr(), keys().grad);
+      if (!grad.is_none() && (position >= places.size() || !grad.is(places[position]))) {
+        return false;
+      }
+      const auto value_info = reader_.read(value.ptr());
+      const auto grad_info = grad.is_none() ? std::nullopt : reader_.read(grad.ptr());
+      if (!value_info || (!grad.is_none() && !grad_info)) return false;
+      seen.places.push_back({py::reinterpret_borrow<py::object>(value), grad, value_info->data,
+                             grad_info ? grad_info->data : nullptr, value_info->shape,
+                             grad_info ? grad_info->shape : nullptr});
+      ++position;
+    }
+    known.push_back(std::move(seen));
+  }
+  known_ = std::move(known);
+  return true;
+}
+
+bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool looks_at_all) {
+  steps_again_ = false;
+  if (known_.empty() || groups.size() != known_.size() || writes_grads != writes_grads_) {
+    return false;
+  }
+  groups_.clear();
+  lr_tensors_.clear();
+  AttributeOf grad_of(keys().grad);
+  for (std::size_t i = 0; i < known_.size(); ++i) {
+    const Known& known = known_[i];
+    const py::object group = groups[i];
+    take_settings(group);
+    PyObject* const params = item(group.ptr(), keys().params);
+    const auto count = static_cast<Py_ssize_t>(known.places.size());
+    if (params != known.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != count ||
+        !read_kind(group.ptr(), kinds_[i].first).same_as(kinds_[i])) {
+      return false;
+    }
+    const Py_ssize_t step = looks_at_all ? 1 : std::max<Py_ssize_t>(count - 1, 1);
+    for (Py_ssize_t j = 0; j < count; j += step) {
+      PyObject* const value = PyList_GET_ITEM(params, j);
+      const Known::Place& place = known.places[static_cast<std::size_t>(j)];
+      if (j + kAhead < count) known.places[static_cast<std::size_t>(j + kAhead)].prefetch();
+      if (value != place.value.ptr() || reader_.data(value) != place.value_data) return false;
+      if (!place.has(grad_of(value), reader_)) return false;
+    }
+  }
+  steps_again_ = true;
+  return true;
+}
+
+py::object TorchStepper::strays(const py::list& groups) const {
+  if (known_.empty() || groups.size() != known_.size()) return py::none();
+  py::list found;
+  AttributeOf grad_of(keys().grad), requires_grad_of(keys().requires_grad);
+  for (std::size_t i = 0; i < known_.size(); ++i) {
+    const Known& known = known_[i];
+    PyObject* const params = item(py::object(groups[i]).ptr(), keys().params);
+    const auto count = static_cast<Py_ssize_t>(known.places.size());
+    if (params != known.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != count) {
+      return py::none();
+    }
+    for (Py_ssize_t j = 0; j < count; ++j) {
+      PyObject* const value = PyList_GET_ITEM(params, j);
+      const Known::Place& place = known.places[static_cast<std::size_t>(j)];
+      if (value != place.value.ptr()) return py::none();
+      const py::object grad = grad_of(value);
+      if (grad.is_none()) continue;
+      if (place.has(grad, reader_) && is_true(requires_grad_of(value).ptr())) continue;
+      found.append(py::handle(value));
+    }
+  }
+  return found;
+}
+
+/// Of many parameters every object comes from memory. Addresses may be those of what is gone.
+void TorchStepper::Known::Place::prefetch() const {
+#if defined(__GNUC__)
+  for (const void* object : {static_cast<const void*>(value.ptr()), value_shape,
+                             static_cast<const void*>(grad.ptr()), grad_shape}) {
+    __builtin_prefetch(object);
+  }
+#endif
+}
+
+bool TorchStepper::Known::Place::has(const py::object& now, const TensorReader& reader) const {
+  return now.is(grad) && (now.is_none() || reader.data(now.ptr()) == grad_data);
+}
+
+bool TorchStepper::can_store_grads() {
+  if (!can_store_grads_) can_store_grads_ = optimizer_.can_store_grads(groups_, tensors_);
+  return *can_store_grads_;
+}
+
+/// Found anew where tensors were.
+const std::vector<std::vector<Device>>& TorchStepper::devices_of_groups() {
+  if (devices_are_known_) return devices_;
+  devices_.assign(kinds_.size(), {});
+  for (const detail::BorrowedTensor& tensor : tensors_) {
+    std::vector<Device>& devices = devices_[static_cast<std::size_t>(tensor.group)];
+    if (std::find(devices.begin(), devices.end(), tensor.device) == devices.end()) {
+      devices.push_back(tensor.device);
+    }
+  }
+  devices_are_known_ = true;
+  return devices_;
+}
+
 /// A learning rate on one device for parameters on another is read here.
 void TorchStepper::read_foreign_lr() {
-  for (const detail::BorrowedTensor& tensor : tensors_) {
-    if (static_cast<std::size_t>(tensor.group) >= groups_.size()) continue;  // it is gone
-    detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
-    if (!group.lr_source.present || group.lr_source.device == tensor.device) continue;
-    const double lr = number(lr_tensors_[static_cast<std::size_t>(tensor.group)].ptr());
+  const std::vector<std::vector<Device>>& devices = devices_of_groups();
+  for (std::size_t i = 0; i < std::min(groups_.size(), devices.size()); ++i) {  // others are gone
+    detail::BorrowedGroup& group = groups_[i];
+    const auto is_foreign = [&](Device device) { return group.lr_source.device != device; };
+    if (!group.lr_source.present || std::none_of(devices[i].begin(), devices[i].end(), is_foreign))
+      continue;
+    const double lr = number(lr_tensors_[i].ptr());
     std::visit([&](auto& hyper) { hyper.lr = lr; }, group.hyper);
     group.lr_source = {};
   }
@@ -459,9 +614,11 @@ void TorchStepper::add_stream(Device device, std::vector<Stream>& streams) const
   streams.emplace_back(device, reader_.current_stream(device));
 }
 
-std::vector<Stream> TorchStepper::streams_of_tensors() const {
+std::vector<Stream> TorchStepper::streams_of_tensors() {
   std::vector<Stream> streams;
-  for (const detail::BorrowedTensor& tensor : tensors_) add_stream(tensor.device, streams);
+  for (const std::vector<Device>& devices : devices_of_groups()) {
+    for (const Device device : devices) add_stream(device, streams);
+  }
   return streams;
 }
 
@@ -515,7 +672,11 @@ void TorchStepper::step(const py::object& found_inf, const py::object& loss_scal
   if (!left_in_captures().empty() && !is_captured(streams)) left_in_captures().clear();
   stepped_ = taken_;
   const py::gil_scoped_release release;
-  optimizer_.step(groups_, tensors_, options);
+  if (steps_again_) {
+    optimizer_.step_again(groups_, options);
+  } else {
+    optimizer_.step(groups_, tensors_, options);
+  }
 }
 
 bool TorchStepper::copy_grad_norm(const py::object& to) {

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -38,9 +39,20 @@ class TorchStepper {
   bool add(int group, int position, const pybind11::object& value, const pybind11::object& grad,
            const pybind11::dict& state, bool fresh);
 
+  /// After a step that took everything: whether all gradients are in place, `places` having the
+  /// tensor that each parameter's is to be, or None. Then is_unchanged() may be asked.
+  bool remember(const pybind11::list& groups, const pybind11::list& places);
+  /// Whether step() may be called again without another gather(): the groups hold the same
+  /// parameters with settings for the same kernels. `looks_at_all`: and every gradient and value is
+  /// where it was; otherwise the first and the last of each group are looked at.
+  bool is_unchanged(const pybind11::list& groups, bool writes_grads, bool looks_at_all);
+  /// Parameters whose gradient is not what remember() has seen, or that require none, among those
+  /// that have one. None where the groups are others, or nothing is remembered.
+  pybind11::object strays(const pybind11::list& groups) const;
+
   /// Of what was taken: see BorrowedOptimizer.
   bool takes_turns() { return optimizer_.takes_turns(tensors_); }
-  bool can_store_grads() { return optimizer_.can_store_grads(groups_, tensors_); }
+  bool can_store_grads();
 
   /// Steps what was taken. `found_inf` is None, a number or a tensor: not 0 changes nothing.
   /// `loss_scale` and `grad_multiplier` are None or tensors of one float32 or float64;
@@ -75,6 +87,27 @@ class TorchStepper {
     std::uint64_t seed = 0;
     pybind11::object names = pybind11::none();  // of its parameters, where it needs them
     std::vector<PyObject*> slot_keys;           // of its rule variant
+
+    /// Apart from the names.
+    bool same_as(const Group& other) const {
+      return first == other.first && differentiable == other.differentiable &&
+             master_weights == other.master_weights && stochastic == other.stochastic &&
+             counts == other.counts && seed == other.seed && slot_keys == other.slot_keys;
+    }
+  };
+  /// What remember() has seen of a group.
+  struct Known {
+    struct Place {
+      pybind11::object value, grad;
+      const void *value_data, *grad_data;
+      const void *value_shape, *grad_shape;  // within torch's objects, to be prefetched
+
+      void prefetch() const;
+
+      bool has(const pybind11::object& now, const TensorReader& reader) const;
+    };
+    pybind11::object params;  // the list
+    std::vector<Place> places;
   };
 
   detail::BorrowedGroup read_group(PyObject* group) const;
@@ -94,10 +127,11 @@ class TorchStepper {
   void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
   void note_written(PyObject* tensor);
   bool is_captured(std::span<const Stream> streams);
+  const std::vector<std::vector<Device>>& devices_of_groups();
   TensorView scalar(const char* name, const pybind11::object& tensor) const;
   void read_foreign_lr();
   void add_stream(Device device, std::vector<Stream>& streams) const;
-  std::vector<Stream> streams_of_tensors() const;
+  std::vector<Stream> streams_of_tensors();
 
   std::string rule_;
   TensorReader reader_;
@@ -109,6 +143,11 @@ class TorchStepper {
   pybind11::object dtensor_ = pybind11::none();
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;
+  std::vector<Known> known_;                  // by group; empty: nothing may be skipped
+  bool steps_again_ = false;                  // tensors_ are those of the last step
+  std::vector<std::vector<Device>> devices_;  // of tensors_, by group
+  bool devices_are_known_ = false;
+  std::optional<bool> can_store_grads_;  // tensors_
   pybind11::list written_;
   bool writes_grads_ = false;
   int taken_ = 0;

@@ -119,6 +119,9 @@ class CpuBackend final : public Backend {
     std::memcpy(to, from, bytes);
   }
   void clear(void* data, std::size_t bytes, void*) override { std::memset(data, 0, bytes); }
+  void copy(void* to, const void* from, std::size_t bytes, void*) override {
+    std::memcpy(to, from, bytes);
+  }
   void widen(float* to, const void* from, DType dtype, std::int64_t count, void*) override {
     const auto chunks = static_cast<int>((count + kCpuChunk - 1) / kCpuChunk);
     parallel_for(chunks, [&](int chunk) {

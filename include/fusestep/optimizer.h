@@ -154,6 +154,22 @@ class FUSESTEP_API ParameterRef {
   int parameter_;
 };
 
+/// Memory of a flat group: its parameters on one device with one dtype of values and one of
+/// gradients, one after the other in one buffer each. All buffers have the elements of a parameter
+/// at the same place; a parameter starts at a multiple of 32 elements, and what is between two of
+/// them is zero.
+struct FlatBuffer {
+  struct Part {
+    std::string parameter;
+    std::int64_t begin;  ///< its first element
+    std::int64_t size;
+  };
+  TensorView values;                        ///< one dimension
+  TensorView grads;                         ///< as long
+  std::map<std::string, TensorView> slots;  ///< as long; made when a parameter first needs them
+  std::vector<Part> parts;                  ///< in the order they were added
+};
+
 /// A handle to one group. Valid as long as the optimizer.
 class FUSESTEP_API GroupRef {
  public:
@@ -171,6 +187,14 @@ class FUSESTEP_API GroupRef {
   /// The learning rate is read from this float32 or float64 scalar whenever a step runs. It must
   /// live where the group's parameters live. An absent view returns to the hyperparameter.
   void set_lr_source(const TensorView& source);
+
+  /// Of a group that add_flat_group() has made; of others none. They stay where they are as long as
+  /// the optimizer lives.
+  std::vector<FlatBuffer> flat_buffers() const;
+  /// Clears the gradients of a flat group, on its devices' streams: one memset a buffer. May be
+  /// captured into a CUDA graph. Throws InvalidArgument for other groups, whose gradients are the
+  /// caller's.
+  void zero_grad(std::span<const Stream> streams = {});
 
   /// All parameters of the group.
   void freeze();
@@ -205,6 +229,15 @@ class FUSESTEP_API Optimizer {
   /// cannot step, and settings torch would refuse.
   GroupRef add_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
                      GroupOptions options = {});
+
+  /// The same for parameters that the optimizer moves into memory of its own: one buffer for
+  /// values, one for gradients and one for each slot, of each device and layout. What value and
+  /// gradient hold is copied, in the order of the streams; then ParameterRef::value() and grad()
+  /// are where they lie, and the memory given is the caller's again. A gradient that is absent is
+  /// zero there. One set_grad() gives elsewhere later is stepped with from where it is. Throws what
+  /// add_group() throws, or OutOfMemory, and changes nothing then.
+  GroupRef add_flat_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
+                          GroupOptions options = {}, std::span<const Stream> streams = {});
 
   GroupRef group(std::string_view name);
   std::vector<GroupRef> groups();

@@ -125,6 +125,8 @@ class Checkpoints:
         new = _NewState(self, source, matched, what)
         with torch.no_grad():
             new.enter()
+        if self._flat is not None:
+            self._flat.take_state()
         self.__dict__["_kept_metadata"] = source.metadata
         return report
 
@@ -142,6 +144,8 @@ class Checkpoints:
         finally:
             before.remove()
             after.remove()
+        if self._flat is not None:
+            self._flat.take_state()
         if around.other_names:
             text = (
                 "load_state_dict goes by position, and the names of parameters are others there: "

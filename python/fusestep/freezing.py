@@ -23,6 +23,19 @@ _RATES = ("base_lrs", "_last_lr")
 _PER_GROUP = (*_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
+_changes = 0
+
+
+def changes() -> int:
+    """Calls of freeze and thaw: who relies on gradients being what they were asks."""
+    return _changes
+
+
+def _announce():
+    global _changes
+    _changes += 1
+
+
 def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Stops training parameters: they require no gradient and hold none.
 
@@ -35,7 +48,9 @@ def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.opt
 
     Raises InvalidArgument if something matches no parameter, and changes nothing.
     """
-    for p in parameters_of(what, model, names_of(model, optimizer)):
+    parameters = parameters_of(what, model, names_of(model, optimizer))
+    _announce()
+    for p in parameters:
         p.requires_grad_(False)
         p.grad = None  # a step does not look at requires_grad
 
@@ -78,6 +93,7 @@ def thaw(
         _Regrouping(optimizer, parameters, settings, names, _several(scheduler)).apply()
     elif settings or scheduler is not None:
         raise InvalidArgument("settings and schedulers are those of an optimizer: pass optimizer=")
+    _announce()
     for p in parameters:
         if not p.requires_grad:
             p.grad = None  # of before it was frozen

@@ -21,12 +21,26 @@ from . import _core, precision
 from ._core import InvalidArgument
 from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
+from .flat import FlatBuffer, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
 from .gradients import CommonNorm, check_limit, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
+from .state import SLOTS
 from .summary import Summarizable, Summary, summary
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "Summary", "freeze", "param_groups_by", "summary", "thaw"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FlatBuffer",
+    "RMSprop",
+    "Summary",
+    "flatten",
+    "freeze",
+    "param_groups_by",
+    "summary",
+    "thaw",
+]
 
 
 def _outside_graphs(step):
@@ -57,6 +71,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     skip_nonfinite = keep_scaled_grads = False
     _norm_apart = None  # of the last step, where the engine has not measured it
     _skipped_apart = 0  # steps the engine has not seen
+    _flat = None  # of flat groups
 
     def __init__(
         self,
@@ -89,6 +104,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         super().add_param_group(param_group)
         try:
             precision.check_group(self.param_groups[-1], f"group {len(self.param_groups) - 1}")
+            if self._flat is not None:
+                self._flat.add(self.param_groups)
         except Exception:
             del self.param_groups[-1]
             raise
@@ -103,8 +120,19 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 if precision.MASTER in state:
                     state[precision.MASTER].copy_(p)
 
+    @property
+    def flat_buffers(self):
+        """Those that `flatten` and groups added after it have made; a list of FlatBuffer."""
+        return [] if self._flat is None else list(self._flat.buffers)
+
+    def zero_grad(self, set_to_none: bool = True):
+        """torch's zero_grad. Of flat groups gradients stay what they are, views of their buffer, and are zero."""
+        if self._flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._flat.zero_grad(set_to_none)
+
     @_outside_graphs
-    @torch.no_grad()
     def step(self, closure=None):
         """One step of every parameter that has a gradient.
 
@@ -121,8 +149,26 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._flat is None or capturing or not self._step_again():
+            self._step_anew(capturing)
+        return loss
+
+    def _step_again(self):
+        """A step of flat groups in which nothing is where it was not before; False: it may not be, and was not made."""
+        loss_scale = scalar_of(getattr(self, "grad_scale", None))
+        stores = loss_scale is not None and not self.keep_scaled_grads
+        if not self._flat.is_unchanged(stores) or (stores and not self._stepper.can_store_grads()):
+            return False
+        self._run(whole(getattr(self, "found_inf", None)), loss_scale, stores, None, tells=not self._flat.trusts)
+        return True
+
+    @torch.no_grad()
+    def _step_anew(self, capturing):
+        """A step that looks at everything."""
         if capturing:
             self._refuse_missing_gradients()
+        if self._flat is not None:
+            self._flat.link_gradients()
         found_inf, loss_scale = whole(getattr(self, "found_inf", None)), scalar_of(getattr(self, "grad_scale", None))
         stores = loss_scale is not None and not self.keep_scaled_grads
         unready = self._stepper.gather(self.param_groups, self.state, dtensor_class(), stores)
@@ -130,7 +176,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             self._refuse_unready(unready)
         if unready:
             self._step_with_unready(unready, found_inf, loss_scale)
-            return loss
+            return
         if stores and not self._stepper.can_store_grads():
             unscale(self.param_groups, loss_scale, found_inf)
             stores, loss_scale = False, None
@@ -140,7 +186,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             if is_sharded(pairs) or self._stepper.takes_turns():
                 norm = CommonNorm(pairs, loss_scale)
         self._run(found_inf, loss_scale, stores, norm)
-        return loss
+        if self._flat is not None:
+            self._flat.remember()
 
     def zero_grad(self, set_to_none=True):
         """torch's zero_grad; gradients are set to zero by one call for each device and dtype."""
@@ -199,8 +246,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def _pairs(self):
         return [(p, p.grad) for group in self.param_groups for p in group["params"]]
 
-    def _run(self, found_inf, loss_scale, stores, norm):
-        """One call for what was taken. The norm is the engine's own where None is given."""
+    def _run(self, found_inf, loss_scale, stores, norm, tells=True):
+        """One call for what was taken. The norm is the engine's own where None is given; autograd is told or not."""
         if norm is None:
             norm_of_engine = self.max_grad_norm, self.clip_value, self.skip_nonfinite
             self._stepper.step(found_inf, loss_scale, stores, None, *norm_of_engine)
@@ -209,7 +256,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             coefficient = norm.coefficient(self.max_grad_norm)
             self._stepper.step(skip, loss_scale, stores, coefficient, None, self.clip_value, False)
         self._norm_apart = None if norm is None else norm.norm
-        torch.autograd.graph.increment_version(self._stepper.written)
+        if tells:
+            torch.autograd.graph.increment_version(self._stepper.written)
 
     def _step_with_unready(self, unready, found_inf, loss_scale):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
@@ -232,7 +280,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         for index, position, p in unready:
             group, state = self.param_groups[index], self.state.get(p, {})
             if why[p] is None:
-                if _complete(state, self._names_of_state(p, group), p, group):
+                if _complete(state, self._names_of_state(p, group), p, group, self._flat):
                     fresh.add(p)
                 if state:
                     self.state[p] = state
@@ -292,6 +340,10 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
             _warn_once(type(self).__name__, why)
 
+    @property
+    def _names_of_slots(self):
+        return (*SLOTS[self._torch_class.__name__], precision.MASTER)
+
     def _names_of_state(self, p, group):
         """What a parameter steps with, in the order in which it is made."""
         names = self._state_names(group)
@@ -334,6 +386,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         There it lives on the device for us, and torch's other modes refuse it there.
         """
         result = super().state_dict()
+        if self._flat is not None:
+            result["state"] = {index: plain_state(own) for index, own in result["state"].items()}
         for group in result["param_groups"]:
             if group.get("fused") or group.get("capturable"):
                 continue
@@ -440,19 +494,27 @@ def _no_capture(optimizer, p, index, why):
 # ---- state -------------------------------------------------------------------------------------
 
 
-def _complete(state, names, p, group):
+def _complete(state, names, p, group, flat):
     """Makes what is missing and puts `step` where the parameter is; True if a momentum buffer was made."""
+
+    def in_buffer(dtype):
+        return None if flat is None else flat.new_slot(p, name, dtype)
+
     made_buffer = False
     for name in names:
         value = state.get(name)
         if name == "step":
             state[name] = _step_tensor(value, p, group)
         elif value is None and name == precision.MASTER:
-            state[name] = precision.new_master(p)
+            place = in_buffer(torch.float32)
+            state[name] = precision.new_master(p) if place is None else place.copy_(p)
         elif value is None:
             others = (state.get(other) for other in names if other not in ("step", precision.MASTER, name))
             dtype = next((slot.dtype for slot in others if torch.is_tensor(slot)), precision.state_dtype(p, group))
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            place = in_buffer(dtype)
+            state[name] = (
+                torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) if place is None else place
+            )
             made_buffer = made_buffer or name == "momentum_buffer"
     return made_buffer
 

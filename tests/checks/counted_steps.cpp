@@ -63,18 +63,46 @@ struct ManySmall {
   }
 };
 
-/// The same as torch's users step them: tensors that are handed over at every step.
-struct ManyBorrowed {
-  std::vector<double> values = memory(kTensors), grads = memory(kTensors),
-                      other_grads = memory(kTensors), slots = memory(2 * kTensors);
-  std::vector<double> counts = memory(kTensors);
-  std::vector<detail::BorrowedGroup> groups{{AdamHyper{}}};
-  std::vector<detail::BorrowedTensor> tensors{kTensors};
-  detail::BorrowedOptimizer optimizer;
-  bool moved = false;
+/// The same in a step that skip_source skips: all that the host does for it, and nothing of what a
+/// GPU would do.
+struct Skipped {
+  std::vector<double> values, grads;
+  float skip = 1;
+  Optimizer optimizer;
 
-  ManyBorrowed() {
-    for (std::size_t i = 0; i < kTensors; ++i) {
+  Skipped(int tensors, bool is_flat) : values(memory(tensors)), grads(memory(tensors)) {
+    std::vector<Parameter> parameters;
+    for (int i = 0; i < tensors; ++i) {
+      parameters.push_back(
+          {ManySmall::name(i), ManySmall::one(values, i), ManySmall::one(grads, i)});
+    }
+    if (is_flat) {
+      optimizer.add_flat_group("all", AdamHyper{}, std::move(parameters));
+    } else {
+      optimizer.add_group("all", AdamHyper{}, std::move(parameters));
+    }
+  }
+  void step() { optimizer.step({.skip_source = view(&skip, {})}); }
+};
+
+/// Tensors as torch's users step them, that are handed over at every step; those of flat groups, in
+/// which nothing has changed, are not.
+struct ManyBorrowed {
+  std::vector<double> values, grads, other_grads, slots, counts;
+  std::vector<detail::BorrowedGroup> groups{{AdamHyper{}}};
+  std::vector<detail::BorrowedTensor> tensors;
+  detail::BorrowedOptimizer optimizer;
+  float skip = 1;
+  bool moved = false, has_stepped = false;
+
+  explicit ManyBorrowed(int count)
+      : values(memory(count)),
+        grads(memory(count)),
+        other_grads(memory(count)),
+        slots(memory(2 * count)),
+        counts(memory(count)),
+        tensors(static_cast<std::size_t>(count)) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
       detail::BorrowedTensor& tensor = tensors[i];
       tensor.value = &values[i];
       tensor.grad = &grads[i];
@@ -86,9 +114,15 @@ struct ManyBorrowed {
     }
   }
   void step() { optimizer.step(groups, tensors, {}); }
+  void skip_flat() {
+    const StepOptions options{.skip_source = view(&skip, {})};
+    if (has_stepped) return optimizer.step_again(groups, options);
+    optimizer.step(groups, tensors, options);
+    has_stepped = true;
+  }
   void move_gradients() {
     moved = !moved;
-    for (std::size_t i = 0; i < kTensors; ++i) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
       tensors[i].grad = moved ? &other_grads[i] : &grads[i];
     }
   }
@@ -122,7 +156,7 @@ std::vector<Case> make_cases() {
         world.move_gradients();
         world.optimizer.step();
       });
-  const auto borrowed = std::make_shared<ManyBorrowed>();
+  const auto borrowed = std::make_shared<ManyBorrowed>(kTensors);
   add(cases, "step of 1000 borrowed tensors", kTensors, borrowed,
       [](ManyBorrowed& world) { world.step(); });
   add(cases, "step of 1000 borrowed tensors with gradients elsewhere", kTensors, borrowed,
@@ -130,6 +164,16 @@ std::vector<Case> make_cases() {
         world.move_gradients();
         world.step();
       });
+
+  for (const int tensors : {1000, 10'000}) {
+    const std::string of = " of " + std::to_string(tensors) + " parameters";
+    for (const bool is_flat : {false, true}) {
+      add(cases, "a skipped step" + of + (is_flat ? ", flat" : ""), 1,
+          std::make_shared<Skipped>(tensors, is_flat), [](Skipped& world) { world.step(); });
+    }
+    add(cases, "a skipped step" + of + ", borrowed and flat", 1,
+        std::make_shared<ManyBorrowed>(tensors), [](ManyBorrowed& world) { world.skip_flat(); });
+  }
 
   struct Loop {
     const char* name;

@@ -49,6 +49,7 @@ class PaperBackend final : public Backend {
   void begin_writing(void*) override {}
   void write(void*, const void*, std::size_t, void*) override {}
   void clear(void*, std::size_t, void*) override {}
+  void copy(void*, const void*, std::size_t, void*) override {}
   void widen(float*, const void*, DType, std::int64_t, void*) override {}
   double read_scalar(const void*, bool, void*) override { return 0; }
 

@@ -111,12 +111,16 @@ class Checkpoints final : public Life {
  public:
   Checkpoints() {
     const std::vector<TensorSpec> tensors = {{70}, {0}};
+    GroupSpec flat{"flat", AdamHyper{.lr = 1e-2}, kLayoutCases[0], {{70}, {33}}};
+    flat.flat = true;
     const std::vector<GroupSpec> first = {{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[2], tensors}};
     const std::vector<GroupSpec> second = {
         {"b", SgdHyper{.momentum = 0.9}, kLayoutCases[1], {{9}}}};
-    const int batches[] = {twins->prepare(first, 0), twins->prepare(second, 1)};
+    const int batches[] = {twins->prepare(first, 0), twins->prepare(second, 1),
+                           twins->prepare({flat}, 0)};
     Twins donor;
-    for (const int batch : {donor.prepare(first, 0), donor.prepare(second, 1)}) {
+    for (const int batch :
+         {donor.prepare(first, 0), donor.prepare(second, 1), donor.prepare({flat}, 0)}) {
       donor.join(donor.cpu, batch);
     }
     const StateDict fresh = donor.cpu.state_dict();
@@ -135,6 +139,7 @@ class Checkpoints final : public Life {
     actions = {
         {"add a group", join(batches[0])},
         {"add a group on another device", join(batches[1])},
+        {"add a flat group", join(batches[2])},
         {"load into what has never stepped", load(stepped)},
         {"step", step},
         {"take the state", [](Optimizer& o) { o.state_dict(); }},

@@ -37,6 +37,21 @@ TEST(SteadyStep, LaunchesOncePerRuleVariant) {
   expect_nothing_but_launches(1 + 8);
 }
 
+TEST(SteadyStep, OfFlatGroupsLaunchesAsMuchAndClearsABufferAtOnce) {
+  std::vector<GroupSpec> groups = all_variants();
+  for (GroupSpec& group : groups) group.flat = true;
+  Twins twins(groups);
+  twins.cuda.step();
+  cuda_sim::forget_calls();
+  twins.cuda.step();
+  expect_nothing_but_launches(1 + 8);
+  cuda_sim::forget_calls();
+  twins.cuda.group("adam").zero_grad();
+  EXPECT_EQ(1, cuda_sim::calls("cudaMemsetAsync")) << cuda_sim::call_list();
+  EXPECT_EQ(0, cuda_sim::calls("cudaLaunchKernel"));
+  EXPECT_EQ(0, cuda_sim::calls("cudaStreamSynchronize") + cuda_sim::calls("cudaEventSynchronize"));
+}
+
 TEST(SteadyStep, LaunchesOncePerLayout) {
   std::vector<GroupSpec> groups;
   for (const LayoutCase& layout : kLayoutCases) {

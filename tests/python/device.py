@@ -125,8 +125,8 @@ def beside(neighbour, tensor):
 def place_state(complete):
     """fusestep.optim._complete, with new state where the parameter is."""
 
-    def placed(state, names, p, group):
-        made = complete(state, names, p, group)
+    def placed(state, names, p, group, flat):
+        made = complete(state, names, p, group, flat)
         for name in names:
             beside(p, state[name])
         return made

@@ -88,6 +88,9 @@ def test_contestants(results):
     assert by_operation.pop("clip") == [*four, "fusestep.Optimizer"]
     assert by_operation.pop("save") == ["fusestep", "torch.save", "torch.save, fsync"]
     assert by_operation.pop("load") == ["fusestep", "torch.load"]
+    flat = ["fusestep flat", "fusestep flat, trusted"]
+    assert by_operation.pop("host") == ["fusestep", *flat, *four[1:]]
+    assert by_operation.pop("skipped") == ["fusestep", *flat, "torch fused"]
     assert all(labels == four for labels in by_operation.values())
     assert not torch.distributed.is_initialized()
 

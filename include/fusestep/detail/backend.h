@@ -85,7 +85,10 @@ class Backend {
   virtual void begin_writing(void* stream) = 0;
   /// `from` is the host's, and may be reused when this returns.
   virtual void write(void* to, const void* from, std::size_t bytes, void* stream) = 0;
+  /// May be captured, as may a step.
   virtual void clear(void* data, std::size_t bytes, void* stream) = 0;
+  /// Within this device.
+  virtual void copy(void* to, const void* from, std::size_t bytes, void* stream) = 0;
   /// to[i] = from[i], of 16-bit floats.
   virtual void widen(float* to, const void* from, DType dtype, std::int64_t count,
                      void* stream) = 0;

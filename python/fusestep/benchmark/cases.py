@@ -57,10 +57,11 @@ OPERATIONS = {
     "save": "state to a file",
     "load": "state from a file",
     "host": "a step of small tensors, nothing changed since the last one",
+    "skipped": "a step of small tensors that changes nothing, since found_inf says so: what is left is the host's work",
     "moved": "a step of small tensors, all gradients at other addresses than in the last one",
     "dtensor": "a step of small DTensors, sharded over a mesh of this process alone",
 }
-HOST_OPERATIONS = ("host", "moved", "dtensor")
+HOST_OPERATIONS = ("host", "skipped", "moved", "dtensor")
 STATE_OPERATIONS = ("save", "load")
 
 
@@ -166,6 +167,7 @@ def standard(device: str) -> Iterator[Case]:
     if device == "cuda":
         yield from _more_for_cuda()
     yield from _host(("adam", "sgd_momentum"), (1, 10, 100, 1000, 10_000))
+    yield from _host(("adam",), (1, 1000, 10_000), operations=("skipped",))
     yield from _host(("adam",), (100, 1000), operations=("dtensor",))
 
 

@@ -23,6 +23,8 @@ from .workload import LEARNING_RATE, Workload, allowed_ulps, worst_ulps
 
 OURS = "fusestep"
 ARRAYS = "fusestep.Optimizer"  # ours too
+# Ours too, of flat groups: whether it trusts gradients.
+FLAT = {"fusestep flat": False, "fusestep flat, trusted": True}
 
 
 class LeftOut(Exception):
@@ -139,7 +141,11 @@ def labels(case: Case) -> list[str]:
         return [OURS, "torch.save", "torch.save, fsync"]
     if case.operation == "load":
         return [OURS, "torch.load"]
-    if case.operation in ("step", "host", "moved"):
+    if case.operation == "skipped":
+        return [OURS, *FLAT, "torch fused"]
+    if case.operation == "host":
+        return [OURS, *FLAT, *(label for label in FACTORIES if label != OURS)]
+    if case.operation in ("step", "moved"):
         return list(FACTORIES)
     own = [label for label in FACTORIES if label == OURS or label.startswith("torch")]
     return [*own, ARRAYS] if case.operation == "clip" else own
@@ -153,7 +159,7 @@ def entered(label: str, workload: Workload, folder: pathlib.Path, expected: Any)
     except (LeftOut, torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever another library may raise
-        if label in (OURS, ARRAYS):
+        if label in (OURS, ARRAYS, *FLAT):
             raise
         raise LeftOut(f"it refuses: {_first_line(error)}") from error
 
@@ -165,11 +171,17 @@ def enter(label: str, workload: Workload, folder: pathlib.Path) -> Entry:
         return _file_entry(label, workload, folder)
     if label == ARRAYS:
         return _arrays_entry(workload)
-    optimizer = FACTORIES[label](RULES[case.rule], workload.groups)
+    if label in FLAT:  # parameters can be flat once
+        workload = Workload(case, workload.params[0].device.type)
+    optimizer = FACTORIES[OURS if label in FLAT else label](RULES[case.rule], workload.groups)
+    if label in FLAT:
+        fusestep.optim.flatten(optimizer, trust_gradients=FLAT[label])
     call = _CALLS.get(case.operation, _step)(optimizer, workload, label)
     check = (
         _all_zero(workload, call) if case.operation == "zero_grad" else _same_as_reference(workload, call, optimizer)
     )
+    if case.operation == "skipped":
+        check = _then_skipping(optimizer, check)
     before = workload.move_grads if case.operation == "moved" else None
     return Entry(label, call, check, optimizer, before)
 
@@ -274,6 +286,18 @@ def _same_as_reference(workload, call, optimizer):
         return ulps
 
     return check
+
+
+def _then_skipping(optimizer, check):
+    """After the check every step is skipped."""
+
+    def check_and_skip(expected):
+        ulps = check(expected)
+        first = optimizer.param_groups[0]["params"][0]
+        optimizer.found_inf = torch.ones((), device=first.device)
+        return ulps
+
+    return check_and_skip
 
 
 def _all_zero(workload, call):

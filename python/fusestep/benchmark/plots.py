@@ -8,9 +8,10 @@ import pathlib
 import statistics
 from typing import Any
 
-from .report import ARRAYS, OURS, cases_of, clock_of
+from .report import FLAT, OURS, OWN, TRUSTED, cases_of, clock_of
 
 _COLORS = {OURS: "tab:red", "torch fused": "tab:blue", "torch foreach": "tab:cyan", "torch for-loop": "tab:gray"}
+_COLORS |= {FLAT: "tab:orange", TRUSTED: "tab:pink"}
 _MARKERS = {OURS: "o", "torch fused": "s", "torch foreach": "^", "torch for-loop": "v"}
 _MORE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:olive")
 
@@ -85,7 +86,7 @@ def speedup(rows, context):
     tallest = max(sum(_height(lines) for _, lines in column) for column in columns)
     figure = _figure(6.2 * len(columns), 1.1 + tallest)
     shown = [row for _, lines in panels.items() for own in lines.values() for row in own.values()]
-    limits = _limits([row for row in shown if row["contestant"] not in (OURS, ARRAYS)])
+    limits = _limits([row for row in shown if row["contestant"] not in OWN])
     handles: dict[str, Any] = {}
     parts = figure.subfigures(1, len(columns), squeeze=False)[0]
     for part, column in zip(parts, columns, strict=True):
@@ -108,7 +109,7 @@ def _panels(rows):
     panels: dict[str, dict[str, dict[str, Any]]] = {}
     for own in cases_of(rows).values():
         first = next(iter(own.values()))
-        if clock_of(first) == "wall_us" and set(own) - {OURS, ARRAYS}:
+        if clock_of(first) == "wall_us" and set(own).difference(OWN):
             panels.setdefault(f"{first['model']}, {first['dtype']}", {})[_line_of(first)] = own
     return panels
 
@@ -139,7 +140,7 @@ def _limits(rows):
 def _bars(axes, lines, rows):
     """Grouped horizontal bars from 1, the first line on top, with quartiles and figures."""
     for position, own in enumerate(lines.values()):
-        others = [row for label, row in own.items() if label not in (OURS, ARRAYS)]
+        others = [row for label, row in own.items() if label not in OWN]
         height = 0.8 / len(others)
         for index, row in enumerate(others):
             y = position - 0.4 + height * (index + 0.5)

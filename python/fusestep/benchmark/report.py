@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 OURS, ARRAYS = "fusestep", "fusestep.Optimizer"
+FLAT, TRUSTED = "fusestep flat", "fusestep flat, trusted"
+OWN = (OURS, ARRAYS, FLAT, TRUSTED)
 _FASTER, _EVEN, _SLOWER = "faster", "even", "slower"
 
 _TITLES = {
@@ -18,6 +20,7 @@ _TITLES = {
     "save": "State to a file",
     "load": "State from a file",
     "host": "Host time, nothing changed since the last step",
+    "skipped": "Host time of a step that found_inf skips",
     "moved": "Host time, all gradients at other addresses than in the last step",
     "dtensor": "Host time, DTensors",
 }
@@ -50,12 +53,12 @@ def cases_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, An
 
 
 def clock_of(row: dict[str, Any]) -> str:
-    return "host_us" if row["operation"] in ("host", "moved", "dtensor") else "wall_us"
+    return "host_us" if row["operation"] in ("host", "skipped", "moved", "dtensor") else "wall_us"
 
 
 def best_other(own: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the fastest contestant that is not ours."""
-    others = [row for label, row in own.items() if label not in (OURS, ARRAYS)]
+    others = [row for label, row in own.items() if label not in OWN]
     return min(others, key=lambda row: row[clock_of(row)], default=None)
 
 

@@ -1,0 +1,444 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""Flat groups: parameters, gradients and state in one buffer each, of which torch's tensors are views.
+
+The engine steps the tensors one by one as it does all others, so that norms, random bits and step counts
+are the same. What is saved is finding out again, at every step, where they are.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+from . import freezing
+from ._core import InvalidArgument
+from .dtensor import is_dtensor
+
+# Elements. 64 bytes of the smallest dtype: vector accesses start with every parameter.
+_ALIGNMENT = 32
+# As csrc/state_store.cpp: arrays of one loop must not start at the same place of a page.
+_SKEW, _SKEWED_FROM = 1088, 256 << 10
+
+_flattened: weakref.WeakSet[Flat] = weakref.WeakSet()
+
+
+def flatten(optimizer: torch.optim.Optimizer, *, trust_gradients: bool = False) -> list[FlatBuffer]:
+    """Moves parameters, gradients and state of an optimizer into few buffers, of which they are views then.
+
+    `zero_grad` is one memset a buffer then, and one all-reduce of `buffer.grads` serves all its parameters. Steps,
+    state_dicts and files are what they were, bit for bit. Groups that are added later are flat too.
+
+    Args:
+        optimizer: of `fusestep.optim`.
+        trust_gradients: steps do not look whether every gradient is still in its place, and cost the same for any
+            number of parameters: for who never replaces or deletes a gradient. All parameters that require a
+            gradient have one from now on, zero at first, and step.
+
+    Returns the buffers, which `optimizer.flat_buffers` has too.
+
+    Raises InvalidArgument for an optimizer of another class or flat already, and for parameters that are not dense in
+    memory of their own on a CPU or CUDA device. Nothing has changed then.
+    """
+    if not hasattr(optimizer, "flat_buffers"):
+        raise InvalidArgument(f"flatten: expected an optimizer of fusestep.optim, got {type(optimizer).__name__}")
+    if not isinstance(trust_gradients, bool):
+        raise InvalidArgument(f"flatten: trust_gradients must be True or False, got {trust_gradients!r}")
+    if optimizer.flat_buffers:
+        raise InvalidArgument("flatten: the optimizer is flat already; groups that are added later are, too")
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise InvalidArgument("flatten: not while a CUDA graph is captured: call it before")
+    optimizer.__dict__["_flat"] = Flat(optimizer, trust_gradients)
+    return optimizer.flat_buffers
+
+
+class FlatBuffer:
+    """Parameters of one group, device, dtype and dtype of gradients, one after the other in memory.
+
+    All buffers have a parameter's elements at the same place, from `offsets` on; what is between two
+    parameters is zero.
+
+    Attributes:
+        params: in the order of the group.
+        offsets: of their first elements.
+        values: one dimension.
+        grads: as long; None until a parameter that did not require a gradient at first has one.
+        slots: as long, by name: `exp_avg`, ...; made when a parameter first needs them.
+    """
+
+    def __init__(self, params: list[torch.Tensor], grad_dtype: torch.dtype, with_grads: bool) -> None:
+        self.params = params
+        self.offsets: list[int] = []
+        self.slots: dict[str, torch.Tensor] = {}
+        self._layouts = [(p.shape, p.stride()) for p in params]
+        self._size = 0
+        for p in params:
+            self.offsets.append(self._size)
+            self._size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+        self._grad_dtype = grad_dtype
+        self.values = self._new(params[0].dtype, params[0].device, 0)
+        self.grads = self._new(grad_dtype, params[0].device, 1) if with_grads else None
+
+    def __repr__(self) -> str:
+        slots = "".join(f", {name}" for name in self.slots)
+        about = f"{len(self.params)} parameters of {self.values.dtype} on {self.values.device}"
+        return f"FlatBuffer({about}: values, grads{slots})"
+
+    def _new(self, dtype, device, position):
+        """Zeros; position among the arrays of a loop."""
+        is_large = device.type == "cpu" and self._size * dtype.itemsize >= _SKEWED_FROM
+        skew = position * _SKEW // dtype.itemsize if is_large else 0
+        return torch.zeros(self._size + skew, dtype=dtype, device=device)[skew:]
+
+    def _part(self, buffer, index):
+        return buffer.as_strided(*self._layouts[index], buffer.storage_offset() + self.offsets[index])
+
+    def layout(self, index: int) -> tuple[torch.Size, tuple[int, ...]]:
+        return self._layouts[index]
+
+    def value(self, index: int) -> torch.Tensor:
+        return self._part(self.values, index)
+
+    def grad(self, index: int) -> torch.Tensor:
+        if self.grads is None:
+            self.grads = self._new(self._grad_dtype, self.values.device, 1)
+        return self._part(self.grads, index)
+
+    def slot(self, name: str, dtype: torch.dtype, index: int) -> torch.Tensor | None:
+        """None where the buffer of this name has another dtype."""
+        if name not in self.slots:
+            self.slots[name] = self._new(dtype, self.values.device, 2 + len(self.slots))
+        buffer = self.slots[name]
+        return self._part(buffer, index) if buffer.dtype == dtype else None
+
+
+class Flat:
+    """What makes an optimizer's groups flat, and notices what is not in place any more."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, trust_gradients: bool) -> None:
+        self.trusts = trust_gradients
+        self.buffers: list[FlatBuffer] = []
+        self._optimizer = weakref.ref(optimizer)
+        self._places: dict[torch.Tensor, tuple[FlatBuffer, int]] = {}
+        self._grads: dict[torch.Tensor, torch.Tensor] = {}  # that a parameter has, or would have
+        self._handed_out: set[tuple[torch.Tensor, str]] = set()  # parts of slots that somebody may still hold
+        self._freezings = freezing.changes()
+        self._is_remembered = False
+        self.add(optimizer.param_groups)
+        self.take_state()
+        _flattened.add(self)
+
+    def __contains__(self, p: torch.Tensor) -> bool:
+        return p in self._places
+
+    # ---- parameters ----------------------------------------------------------------------------
+
+    def add(self, groups: list[dict]) -> None:
+        """Moves the parameters of these groups that are not flat yet; raises, and changes nothing."""
+        parts = [part for index, group in enumerate(groups) for part in self._divided(index, group)]
+        _refuse_shared(groups)
+        new = [FlatBuffer(*part) for part in parts]
+        self.forget()
+        for buffer in new:
+            self._enter(buffer)
+        self.link_gradients()
+
+    def _divided(self, index, group):
+        """(parameters, dtype of their gradients, whether there are any) of every new buffer."""
+        parts: dict[tuple, list] = {}
+        if group.get("differentiable"):
+            raise InvalidArgument(f"group {index}: flatten: not with differentiable=True, torch's own step")
+        for position, p in enumerate(group["params"]):
+            if p in self._places:
+                continue
+            why = _why_not(p)
+            if why is not None:
+                raise InvalidArgument(f"{_where(index, group, position)}: flatten: {why}")
+            grad_dtype = (getattr(p, "grad_dtype", None) or p.dtype) if p.grad is None else p.grad.dtype
+            has_grad = p.requires_grad or p.grad is not None
+            parts.setdefault((p.device, p.dtype, grad_dtype, has_grad), []).append(p)
+        return [(params, *key[2:]) for key, params in parts.items()]
+
+    def _enter(self, buffer):
+        self.buffers.append(buffer)
+        with torch.no_grad():
+            for index, p in enumerate(buffer.params):
+                value = buffer.value(index)
+                value.copy_(p.detach())
+                p.data = value
+                self._places[p] = (buffer, index)
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    def link_gradients(self) -> None:
+        """Copies gradients that are elsewhere to their places. What does not fit there stays where it is."""
+        with torch.no_grad():
+            for p, (buffer, index) in self._places.items():
+                grad = p.grad
+                if grad is None and not (self.trusts and p.requires_grad):
+                    continue
+                place = self._grads.get(p)
+                if place is None:
+                    place = self._grads[p] = buffer.grad(index)
+                if grad is None:
+                    p.grad = place.zero_()
+                elif grad is not place and _fits(grad, place):
+                    if grad.data_ptr() != place.data_ptr() or grad.stride() != place.stride():
+                        place.copy_(grad)
+                    p.grad = place
+                elif grad is place and not self._is_at_home(place, buffer, index):
+                    fresh = self._grads[p] = buffer.grad(index)  # somebody has set its data
+                    fresh.copy_(grad)
+                    p.grad = fresh
+
+    def _is_at_home(self, place, buffer, index):
+        begin = buffer.grads.data_ptr() + buffer.offsets[index] * buffer.grads.element_size()
+        return place.numel() == 0 or place.data_ptr() == begin
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """One memset for every buffer; what is not in one is cleared as torch does it."""
+        with torch.no_grad():
+            for buffer in self.buffers:
+                if buffer.grads is not None:
+                    buffer.grads.zero_()
+        if not self.trusts:
+            for p in self._strays():
+                keeps = p.requires_grad and not set_to_none and p.grad.layout is torch.strided
+                p.grad = torch.zeros_like(p.grad, requires_grad=False) if keeps else None
+
+    def _strays(self):
+        """Parameters with a gradient that is not in its place, or that require none: a step does not ask for that."""
+        found = self._stepper.strays(self._optimizer().param_groups)
+        if found is not None:
+            return found
+        return [p for p in self._params() if _is_stray(p, self._grads.get(p))]
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def take_state(self) -> None:
+        """Moves state that exists to buffers made for it: who holds the tensors of before keeps them."""
+        optimizer = self._optimizer()
+        self.forget()
+        self._handed_out.clear()
+        for buffer in self.buffers:
+            buffer.slots = {}
+        with torch.no_grad():
+            for p, (buffer, index) in self._places.items():
+                own = optimizer.state.get(p, {})
+                for name, value in list(own.items()):
+                    if name in optimizer._names_of_slots and _fits(value, p, any_dtype=True):
+                        place = self._slot(p, name, value.dtype, buffer, index)
+                        if place is not None:
+                            own[name] = place.copy_(value)
+        optimizer.state = _States(optimizer.state, self)
+
+    def new_slot(self, p: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Zeros for state that a parameter has not had yet, or None."""
+        place = self._places.get(p)
+        if place is None:
+            return None
+        is_laid_out_as_ever = (p.shape, p.stride()) == place[0].layout(place[1]) and p.device == place[0].values.device
+        return self._slot(p, name, dtype, *place) if is_laid_out_as_ever else None
+
+    def _slot(self, p, name, dtype, buffer, index):
+        if (p, name) in self._handed_out:
+            return None
+        self._handed_out.add((p, name))
+        return buffer.slot(name, dtype, index)
+
+    # ---- what the last step has seen -------------------------------------------------------------
+
+    def forget(self) -> None:
+        """The next step looks at everything."""
+        self._is_remembered = False
+
+    def is_unchanged(self, stores: bool) -> bool:
+        """Whether the next step is one of the same tensors as the last."""
+        optimizer = self._optimizer()
+        return (
+            self._is_remembered
+            and type(optimizer.state) is _States
+            and optimizer.state.watcher is self
+            and self._freezings == freezing.changes()
+            and self._stepper.is_unchanged(optimizer.param_groups, stores, not self.trusts)
+        )
+
+    def remember(self) -> None:
+        """After such a step."""
+        optimizer = self._optimizer()
+        if type(optimizer.state) is not _States:
+            optimizer.state = _States(optimizer.state, self)
+        self._freezings = freezing.changes()
+        self._is_remembered = self._stepper.remember(optimizer.param_groups, self._expected())
+
+    @property
+    def _stepper(self):
+        return self._optimizer()._stepper
+
+    def _params(self):
+        return [p for group in self._optimizer().param_groups for p in group["params"]]
+
+    def _expected(self):
+        return [self._grads.get(p) for p in self._params()]
+
+
+# ---- what can be flat ------------------------------------------------------------------------------
+
+
+def _why_not(p):
+    """Why a parameter cannot be moved; None if it can."""
+    if is_dtensor(p):
+        return "not for DTensors, of which other ranks have parts"
+    if p.device.type not in ("cpu", "cuda"):
+        return f"only on cpu and cuda, got {p.device}"
+    if p.layout is not torch.strided or not _has_memory(p):
+        return f"not for tensors without memory of their own, as a {type(p).__name__} of {p.layout}"
+    if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:
+        return f"not for {p.dtype}"
+    if p.is_neg() or p.is_conj() or not _is_dense(p):
+        return f"not for a tensor that is not dense in memory: shape {list(p.shape)}, strides {list(p.stride())}"
+    if p.device.type == "cpu" and p.is_shared():
+        return "it lies in memory shared with other processes, and would not any more"
+    if _is_flat_elsewhere(p):
+        return "it is in the buffer of another optimizer"
+    return None
+
+
+def _is_flat_elsewhere(p):
+    """An optimizer that nobody has any more may live on in a cycle, as schedules make them."""
+    for collects in (True, False):
+        if not any(p in flat for flat in _flattened):
+            return False
+        if collects:
+            gc.collect()
+    return True
+
+
+def _has_memory(p):
+    try:
+        return p.numel() == 0 or p.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def _is_dense(p):
+    expected = 1
+    for stride, extent in sorted((s, n) for n, s in zip(p.shape, p.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return p.numel() == 0
+        expected *= extent
+    return True
+
+
+def _refuse_shared(groups):
+    """Tied weights would not be tied any more."""
+    places = [
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), _where(index, group, position))
+        for index, group in enumerate(groups)
+        for position, p in enumerate(group["params"])
+        if p.numel() != 0 and _has_memory(p)
+    ]
+    places.sort()
+    for (device, _, end, first), (other_device, begin, _, second) in itertools.pairwise(places):
+        if device == other_device and begin < end:
+            raise InvalidArgument(f"flatten: {first} and {second} share memory")
+
+
+def _where(index, group, position):
+    names = group.get("param_names")
+    name = f"'{names[position]}'" if names else position
+    return f"group {index}, parameter {name}"
+
+
+def _fits(tensor, place, any_dtype=False):
+    """Whether it can be copied there and be stepped from there."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.shape == place.shape
+        and tensor.device == place.device
+        and (any_dtype or tensor.dtype == place.dtype)
+    )
+
+
+def _is_stray(p, place):
+    return p.grad is not None and (p.grad is not place or not p.requires_grad)
+
+
+# ---- state that says when it changes ---------------------------------------------------------------
+
+
+def _announced(method):
+    """A method of dict that changes it."""
+
+    @functools.wraps(method)
+    def changing(self, *args, **kwargs):
+        if self.watcher is not None:
+            self.watcher.forget()
+        return method(self, *args, **kwargs)
+
+    return changing
+
+
+class _State(dict):
+    """A parameter's state. A copy of it is a dict."""
+
+    watcher = None
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+    __setitem__, __delitem__, __ior__ = map(_announced, (dict.__setitem__, dict.__delitem__, dict.__ior__))
+    pop, popitem, clear = map(_announced, (dict.pop, dict.popitem, dict.clear))
+    update, setdefault = map(_announced, (dict.update, dict.setdefault))
+
+
+class _States(collections.defaultdict):
+    """`optimizer.state`. A copy of it is a defaultdict."""
+
+    def __init__(self, states, watcher):
+        super().__init__(dict)
+        self.watcher = watcher
+        for p, own in states.items():
+            self[p] = own
+
+    def __reduce__(self):
+        return collections.defaultdict, (dict, dict(self))
+
+    def __setitem__(self, p, own):
+        if isinstance(own, dict):
+            own = _State(own)
+            own.watcher = self.watcher
+        super().__setitem__(p, own)
+        self.watcher.forget()
+
+    def __missing__(self, p):
+        self[p] = {}
+        return self[p]
+
+    def update(self, *args, **kwargs):
+        for p, own in dict(*args, **kwargs).items():
+            self[p] = own
+
+    def __ior__(self, other):
+        self.update(other)
+        return self
+
+    def setdefault(self, p, default=None):
+        if p not in self:
+            self[p] = default
+        return self[p]
+
+    __delitem__ = _announced(dict.__delitem__)
+    pop, popitem, clear = map(_announced, (dict.pop, dict.popitem, dict.clear))
+
+
+def plain_state(own: Any) -> Any:
+    """For state_dicts: torch.load knows no class of ours."""
+    return dict(own) if type(own) is _State else own

@@ -1,0 +1,823 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""Flat groups: beside an optimizer that is not flat, to the last bit, whatever is done to both."""
+
+import collections
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import device
+import fusestep
+import support
+from fusestep.optim import flatten, freeze, thaw
+
+SHAPES = ((33, 7), (5,), (), (0, 3), (300,))
+BF16 = {"dtype": torch.bfloat16}
+# Of parameters (dtype), optimizers, and what GradScaler says.
+CASES = {
+    "float32": {},
+    "float64": {"dtype": torch.float64},
+    "clipped": {"max_grad_norm": 0.5, "clip_value": 0.1, "skip_nonfinite": True},
+    "scaled": {"scale": 64.0},
+    "scaled, kept": {"scale": 64.0, "keep_scaled_grads": True, "max_grad_norm": 0.5},
+    "bfloat16": BF16,
+    "float32 state": {**BF16, "state_dtype": torch.float32, "scale": 8.0},
+    "master weights": {**BF16, "state_dtype": torch.float32, "master_weights": True},
+    "stochastic": {**BF16, "rounding": "stochastic", "seed": 3},
+    "bfloat16 state": {"state_dtype": torch.bfloat16},
+    "complex": {"dtype": torch.complex64},
+}
+TRUSTS = pytest.mark.parametrize("trusts", [False, True], ids=["checked", "trusted"])
+
+
+def make(rule, parameters, **options):
+    return support.ours(rule)(parameters, lr=1e-2, **{**support.FULLEST[rule], **options})
+
+
+def pair(rule="Adam", trusts=False, dtype=torch.float32, shapes=SHAPES, **options):
+    """A flat optimizer, and one that is not."""
+    parameters = support.tensors(*shapes, dtype=dtype)
+    mine, plain = make(rule, parameters, **options), make(rule, support.twins(parameters), **options)
+    flatten(mine, trust_gradients=trusts)
+    return mine, plain
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def give_grads(mine, plain, seed, scale=1.0):
+    """As backward does: where there is a gradient it is written to."""
+    support.set_grads(params_of(plain), seed, scale)
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        if p.grad is None:
+            p.grad = q.grad.clone()
+        else:
+            p.grad.copy_(q.grad)
+
+
+def assert_same(mine, plain):
+    support.assert_bits(support.all_state(mine), support.all_state(plain))
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+def train(mine, plain, steps=3, first=0, scale=None):
+    for index in range(first, first + steps):
+        give_grads(mine, plain, index, 1.0 if scale is None else scale)
+        for optimizer in (mine, plain):
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale, device=device.DEFAULT)
+                optimizer.found_inf = torch.tensor(float(index % 4 == 2), device=device.DEFAULT)
+            optimizer.step()
+
+
+def assert_in_place(optimizer):
+    """Values, gradients and state of every parameter are views of the buffers."""
+    found = 0
+    for buffer in optimizer.flat_buffers:
+        for p, offset in zip(buffer.params, buffer.offsets, strict=True):
+            pieces = {"value": (p, buffer.values)}
+            if p.grad is not None:
+                pieces["grad"] = (p.grad, buffer.grads)
+            state = optimizer.state.get(p, {})
+            pieces |= {name: (value, buffer.slots[name]) for name, value in state.items() if name != "step"}
+            for name, (tensor, whole) in pieces.items():
+                assert tensor.shape == p.shape and tensor.dtype == whole.dtype, name
+                begin = whole.data_ptr() + offset * whole.element_size()
+                assert tensor.numel() == 0 or tensor.data_ptr() == begin, name
+                found += 1
+    return found
+
+
+def forbid_looking(optimizer, monkeypatch):
+    """Any step that looks at everything fails from now on."""
+
+    def looks(*_):
+        raise AssertionError("the step has looked at everything")
+
+    monkeypatch.setattr(type(optimizer), "_step_anew", looks)
+
+
+@pytest.fixture(autouse=True)
+def placed(monkeypatch):
+    monkeypatch.setattr(fusestep.optim, "_complete", device.place_state(fusestep.optim._complete))
+
+
+# ---- the same bits ------------------------------------------------------------------------------
+
+
+@TRUSTS
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_those_of_other_groups(name, case, trusts):
+    options = dict(CASES[case])
+    scale = options.pop("scale", None)
+    mine, plain = pair(name, trusts, **options)
+    train(mine, plain, 6, scale=scale)
+    assert_same(mine, plain)
+    assert mine.skipped_steps == plain.skipped_steps
+    if "max_grad_norm" in options:
+        assert torch.equal(mine.grad_norm, plain.grad_norm)
+    slots = len(mine.state[params_of(mine)[0]]) - ("step" in mine.state[params_of(mine)[0]])
+    assert assert_in_place(mine) == len(SHAPES) * (2 + slots)
+
+
+@TRUSTS
+def test_state_that_exists_is_taken_along(name, trusts):
+    parameters = support.tensors(*SHAPES)
+    mine, plain = make(name, parameters), make(name, support.twins(parameters))
+    train(mine, plain, 2)
+    before = support.snapshot(mine)
+    flatten(mine, trust_gradients=trusts)
+    support.assert_bits(support.all_state(mine), before)
+    assert_in_place(mine)
+    train(mine, plain, 3, first=2)
+    assert_same(mine, plain)
+
+
+@TRUSTS
+def test_a_step_of_the_same_tensors_does_not_look_again(name, trusts, monkeypatch):
+    mine, plain = pair(name, trusts)
+    train(mine, plain, 2)  # state is made, then found
+    forbid_looking(mine, monkeypatch)
+    for index in range(3):
+        give_grads(mine, plain, index)
+        for group in (*mine.param_groups, *plain.param_groups):
+            group["lr"] *= 0.5
+            group["weight_decay"] = 0.1 * index
+        mine.step(lambda: None)
+        fusestep.optim._FusedStep._step_anew.__wrapped__(plain, False)
+    monkeypatch.undo()
+    assert_same(mine, plain)
+
+
+def test_groups_dtypes_and_layouts_have_buffers_of_their_own():
+    single, half = support.tensors((5,), (4, 3, 2, 2)), support.tensors((5,), (7,), dtype=torch.bfloat16)
+    single[1].data = single[1].data.to(memory_format=torch.channels_last)
+    half[1].requires_grad_(False)
+    optimizer = fusestep.optim.AdamW([{"params": [*single, *half]}, {"params": support.tensors((6,)), "lr": 0.5}])
+    for p in single:
+        p.grad = torch.ones_like(p)
+    buffers = flatten(optimizer)
+    assert [len(buffer.params) for buffer in buffers] == [2, 1, 1, 1]
+    assert [buffer.grads is None for buffer in buffers] == [False, False, True, False]
+    assert single[1].is_contiguous(memory_format=torch.channels_last)
+    assert single[1].grad.is_contiguous(memory_format=torch.channels_last)
+    assert all(offset % 32 == 0 for buffer in buffers for offset in buffer.offsets)
+    optimizer.step()
+    optimizer.step()
+    assert assert_in_place(optimizer) == 2 * 4 + 3
+    assert optimizer.flat_buffers[0] is buffers[0]
+    assert "2 parameters of torch.float32" in repr(buffers[0])
+
+
+def test_large_buffers_start_at_different_places_of_a_page():
+    optimizer = fusestep.optim.Adam(support.tensors((100_003,)))
+    params_of(optimizer)[0].grad = torch.ones(100_003)
+    flatten(optimizer)
+    optimizer.step()
+    buffer = optimizer.flat_buffers[0]
+    places = {t.data_ptr() % 4096 for t in (buffer.values, buffer.grads, *buffer.slots.values())}
+    assert len(places) == 4 or device.KIND == "cuda"
+    assert_in_place(optimizer)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def replace(p):
+    p.grad = p.grad.clone()
+
+
+def replace_data(p):
+    p.grad.data = p.grad.data.clone()
+
+
+def replace_strided(p):
+    p.grad = torch.stack([p.grad, p.grad], dim=-1)[..., 0]
+
+
+def replace_by_an_alias(p):
+    p.grad = p.grad.detach()
+
+
+def drop(p):
+    p.grad = None
+
+
+def swap(p):
+    p.grad, other = p.grad.clone(), p.grad
+    other.fill_(77.0)  # what was the gradient is not any more
+
+
+REPLACEMENTS = [replace, replace_data, replace_strided, replace_by_an_alias, drop, swap]
+
+
+@pytest.mark.parametrize("how", REPLACEMENTS, ids=lambda how: how.__name__)
+@pytest.mark.parametrize("which", [[0], [1], [0, 1, 4], [4]], ids=str)
+def test_a_gradient_that_was_replaced_is_noticed(how, which):
+    mine, plain = pair("SGD")
+    train(mine, plain, 3)
+    for index in range(3):
+        give_grads(mine, plain, 10 + index)
+        for i in which:
+            how(params_of(mine)[i])
+            if how is drop:
+                params_of(plain)[i].grad = None
+        for optimizer in (mine, plain):
+            optimizer.step()
+        assert_same(mine, plain)
+    assert_in_place(mine)
+
+
+def test_a_gradient_of_another_dtype_stays_where_it_is():
+    mine, plain = pair("Adam", dtype=torch.bfloat16)
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        for tensor in (p, q):
+            if not hasattr(tensor, "grad_dtype"):
+                pytest.skip("this torch has no gradients of another dtype")
+            tensor.grad_dtype = None
+    for index in range(3):
+        support.set_grads(params_of(plain), index)
+        for p, q in zip(params_of(mine), params_of(plain), strict=True):
+            q.grad = q.grad.float()
+            p.grad = q.grad.clone()
+        for optimizer in (mine, plain):
+            optimizer.step()
+    assert_same(mine, plain)
+    assert params_of(mine)[0].grad.dtype == torch.float32
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(device.DEFAULT)
+
+
+def twin_models(trusts, cls=fusestep.optim.AdamW, **options):
+    models = model_of(), model_of()
+    mine, plain = (cls(model.named_parameters(), lr=0.1, **options) for model in models)
+    flatten(mine, trust_gradients=trusts)
+    return models, (mine, plain)
+
+
+def backward(models, seed=0):
+    x = torch.randn(4, 6, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device.DEFAULT)
+    for model in models:
+        model(x).square().sum().backward()
+
+
+@TRUSTS
+@pytest.mark.parametrize("how", ["optimizer", "optimizer, zeros", "model", "none at all"])
+def test_training_loops(how, trusts):
+    models, (mine, plain) = twin_models(trusts)
+    for index in range(5):
+        for model, optimizer in zip(models, (mine, plain), strict=True):
+            if how == "model":
+                model.zero_grad()
+            elif how != "none at all" or index % 2:
+                optimizer.zero_grad(set_to_none=how == "optimizer")
+        backward(models, index)
+        for optimizer in (mine, plain):
+            optimizer.step()
+    assert_same(mine, plain)
+    assert_in_place(mine)
+
+
+@TRUSTS
+def test_zero_grad_is_one_memset_and_keeps_the_views(trusts):
+    models, (mine, _) = twin_models(trusts)
+    backward(models)
+    mine.step()
+    grads = [p.grad for p in params_of(mine)]
+    mine.flat_buffers[0].grads.fill_(3.0)
+    mine.zero_grad()
+    assert all(p.grad is grad and not grad.any() for p, grad in zip(params_of(mine), grads, strict=True))
+    assert not mine.flat_buffers[0].grads.any()
+
+
+@pytest.mark.parametrize("stepped", [0, 1, 3])
+def test_zero_grad_clears_what_is_elsewhere_and_what_needs_no_gradient(stepped):
+    models, (mine, _) = twin_models(False)
+    for _ in range(stepped):
+        backward(models)
+        mine.step()
+    first, second, third, fourth = params_of(mine)
+    for p in params_of(mine):
+        p.grad = torch.ones_like(p)
+    mine.step()
+    first.grad = torch.ones_like(first)
+    second.requires_grad_(False)
+    mine.zero_grad()
+    assert first.grad is None and second.grad is None
+    assert not third.grad.any() and not fourth.grad.any()
+    first.grad, third.grad = torch.ones_like(first), torch.ones_like(third)
+    mine.zero_grad(set_to_none=False)
+    assert not first.grad.any() and not third.grad.any()
+
+
+def test_trusted_gradients_exist_from_the_start():
+    models, (mine, _) = twin_models(True)
+    assert all(p.grad is not None and not p.grad.any() for p in params_of(mine))
+    backward(models)
+    assert_in_place(mine)
+
+
+def test_untrusted_ones_appear_with_their_first_gradient():
+    """A parameter without gradient does not step, weight decay included."""
+    mine, plain = pair("AdamW", shapes=((3,), (4,)))
+    for optimizer in (mine, plain):
+        params_of(optimizer)[1].grad = torch.ones(4)
+        optimizer.step()
+    assert params_of(mine)[0].grad is None
+    assert_same(mine, plain)
+
+
+def test_one_reduction_serves_a_buffer():
+    """What all-reduces would do to every gradient, done to the buffer."""
+    models, (mine, plain) = twin_models(True)
+    for index in range(3):
+        mine.zero_grad(), plain.zero_grad()
+        backward(models, index)
+        for buffer in mine.flat_buffers:
+            buffer.grads.mul_(0.5)
+        for p in params_of(plain):
+            p.grad.mul_(0.5)
+        mine.step(), plain.step()
+    assert_same(mine, plain)
+
+
+@TRUSTS
+def test_autograd_is_told_unless_gradients_are_trusted(trusts):
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    before = [p._version for p in params_of(mine)]
+    mine.step()
+    grown = [p._version > version for p, version in zip(params_of(mine), before, strict=True)]
+    assert all(grown) if not trusts else not any(grown)
+
+
+@TRUSTS
+def test_grad_scaler(trusts):
+    models, (mine, plain) = twin_models(trusts, max_grad_norm=0.5)
+    scalers = [support.scaler(2.0**10) for _ in models]
+    for index in range(8):
+        for model, optimizer, scaler in zip(models, (mine, plain), scalers, strict=True):
+            optimizer.zero_grad()
+            x = torch.full((4, 6), torch.inf if index == 3 else 0.1 * index, device=device.DEFAULT)
+            scaler.scale(model(x).square().sum()).backward()
+            if index % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    support.assert_bits(support.all_state(mine), support.all_state(plain))
+    assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**10
+
+
+def test_second_derivatives_replace_gradients():
+    models, (mine, plain) = twin_models(False)
+    for index in range(3):
+        for model, optimizer in zip(models, (mine, plain), strict=True):
+            optimizer.zero_grad()
+            x = torch.full((4, 6), 0.1 + index, device=device.DEFAULT)
+            model(x).square().sum().backward(create_graph=True)
+            sum(p.grad.square().sum() for p in model.parameters()).backward()
+            optimizer.step()
+    assert_same(mine, plain)
+
+
+# ---- values, state, groups that somebody else changes -----------------------------------------------
+
+
+def change_value(optimizer):
+    p = params_of(optimizer)[1]
+    p.data = p.data.clone()
+
+
+def change_slot(optimizer):
+    state = optimizer.state[params_of(optimizer)[1]]
+    state["exp_avg"] = state["exp_avg"] * 2
+
+
+def change_slot_in_place(optimizer):
+    optimizer.state[params_of(optimizer)[1]]["exp_avg_sq"].mul_(2)
+
+
+def change_step(optimizer):
+    optimizer.state[params_of(optimizer)[1]]["step"] = torch.tensor(40.0)
+
+
+def drop_state(optimizer):
+    del optimizer.state[params_of(optimizer)[1]]
+
+
+def clear_state(optimizer):
+    optimizer.state.clear()
+
+
+def pop_slots(optimizer):
+    optimizer.state[params_of(optimizer)[0]].clear()
+
+
+def update_state(optimizer):
+    optimizer.state.update({p: dict(state) for p, state in optimizer.state.items()})
+
+
+def replace_state(optimizer):
+    optimizer.state = collections.defaultdict(dict, {p: dict(state) for p, state in optimizer.state.items()})
+
+
+def switch_variant(optimizer):
+    optimizer.param_groups[0]["amsgrad"] ^= True
+
+
+def switch_sign(optimizer):
+    optimizer.param_groups[0]["maximize"] = True
+
+
+def leave_group(optimizer):
+    del optimizer.param_groups[0]["params"][0]
+
+
+def other_list(optimizer):
+    group = optimizer.param_groups[0]
+    group["params"] = group["params"][1:]
+
+
+def another_group(optimizer):
+    p = support.tensors((9,), seed=5)[0]
+    p.grad = torch.ones_like(p)
+    optimizer.add_param_group({"params": [p], "lr": 0.5})
+
+
+CHANGES = [
+    change_value,
+    change_slot,
+    change_slot_in_place,
+    change_step,
+    drop_state,
+    clear_state,
+    pop_slots,
+    update_state,
+    replace_state,
+    switch_variant,
+    switch_sign,
+    leave_group,
+    other_list,
+    another_group,
+]
+
+
+@TRUSTS
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_changed_between_steps_is_noticed(change, trusts):
+    if trusts and change is change_value:
+        pytest.skip("what is trusted")
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    for optimizer in (mine, plain):
+        change(optimizer)
+    train(mine, plain, 3, first=3)
+    assert_same(mine, plain)
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_the_first_and_last_of_a_group_are_looked_at_even_if_trusted(index):
+    mine, plain = pair(trusts=True)
+    train(mine, plain, 3)
+    replace(params_of(mine)[index])
+    for optimizer in (mine, plain):
+        optimizer.step()
+    assert_same(mine, plain)
+    assert_in_place(mine)
+
+
+def test_state_that_was_removed_stays_what_it_was():
+    """Its memory is not given to what comes after it."""
+    mine, plain = pair()
+    train(mine, plain, 2)
+    removed = [optimizer.state.pop(params_of(optimizer)[0]) for optimizer in (mine, plain)]
+    train(mine, plain, 2, first=2)
+    support.assert_bits(removed[0], removed[1])
+    assert_same(mine, plain)
+
+
+# ---- freezing -----------------------------------------------------------------------------------
+
+
+@TRUSTS
+@pytest.mark.parametrize("method", [False, True], ids=["functions", "methods"])
+def test_freeze_and_thaw(trusts, method):
+    models, (mine, plain) = twin_models(trusts)
+
+    def train_on(first):
+        for index in range(first, first + 3):
+            for optimizer in (mine, plain):
+                optimizer.zero_grad()
+            backward(models, index)
+            for optimizer in (mine, plain):
+                optimizer.step()
+        support.assert_bits(support.all_state(mine), support.all_state(plain))
+        assert_in_place(mine)
+
+    def both(function, *args, **kwargs):
+        for model, optimizer in zip(models, (mine, plain), strict=True):
+            getattr(optimizer, function.__name__)(*args, **kwargs) if method else function(
+                *args, model, optimizer, **kwargs
+            )
+
+    train_on(0)
+    both(freeze, "0.*")
+    train_on(3)
+    both(thaw, "0.weight")
+    train_on(6)
+    both(thaw, "0.*", lr=0.5, weight_decay=0.2)
+    assert len(mine.param_groups) == 2
+    train_on(9)
+    both(freeze, "*")
+    train_on_frozen = support.snapshot(mine)
+    mine.step()
+    support.assert_bits(support.all_state(mine), train_on_frozen)
+
+
+def test_what_no_group_held_is_thawed_into_a_flat_group():
+    models, (mine, plain) = twin_models(False)
+    head = model_of(3), model_of(3)
+    for optimizer, own in zip((mine, plain), head, strict=True):
+        freeze(own)
+        optimizer.thaw(own, torch.nn.ModuleDict({"head": own}), lr=0.3)
+    for index in range(3):
+        for optimizer in (mine, plain):
+            optimizer.zero_grad()
+        backward(models, index)
+        backward(head, index)
+        for optimizer in (mine, plain):
+            optimizer.step()
+    assert_same(mine, plain)
+    assert len(mine.flat_buffers) == 2
+    assert_in_place(mine)
+
+
+def test_a_group_that_cannot_be_flat_is_refused_and_not_added():
+    mine, plain = pair()
+    train(mine, plain, 2)
+    tied = support.tensors((4,))[0]
+    with pytest.raises(fusestep.InvalidArgument, match="share memory"):
+        mine.add_param_group({"params": [tied, torch.nn.Parameter(tied.detach()[1:])]})
+    assert len(mine.param_groups) == 1
+    train(mine, plain, 2, first=2)
+    assert_same(mine, plain)
+
+
+# ---- saving and loading -------------------------------------------------------------------------
+
+
+@TRUSTS
+def test_state_dicts_go_both_ways(name, trusts):
+    mine, plain = pair(name, trusts)
+    train(mine, plain, 2)
+    for source, target in ((mine, plain), (plain, mine)):
+        saved = io.BytesIO()
+        torch.save(source.state_dict(), saved)
+        saved.seek(0)
+        train(mine, plain, 2, first=2)
+        target.load_state_dict(torch.load(saved, weights_only=True))
+        with torch.no_grad():
+            for p, q in zip(params_of(target), params_of(source), strict=True):
+                p.copy_(q)
+        source.load_state_dict(copy.deepcopy(target.state_dict()))
+        assert_in_place(mine)
+        train(mine, plain, 3, first=5)
+        assert_same(mine, plain)
+    assert all(type(state) is dict for state in mine.state_dict()["state"].values())
+    torchs = support.theirs(name)(support.twins(params_of(mine)), lr=1e-2, **support.FULLEST[name])
+    torchs.load_state_dict(mine.state_dict())
+
+
+@TRUSTS
+def test_a_state_dict_that_was_taken_before_stays_what_it_was(trusts):
+    """torch shares tensors with it as long as they are the optimizer's, and leaves them alone afterwards."""
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 2)
+    taken = [optimizer.state_dict() for optimizer in (mine, plain)]
+    empty = [type(optimizer)(support.tensors(*SHAPES)).state_dict() for optimizer in (mine, plain)]
+    for optimizer, state in zip((mine, plain), empty, strict=True):
+        optimizer.load_state_dict(state)
+    train(mine, plain, 2, first=2)
+    for optimizer, state in zip((mine, plain), taken, strict=True):
+        optimizer.load_state_dict(state)
+    train(mine, plain, 2, first=4)
+    assert_same(mine, plain)
+
+
+@TRUSTS
+def test_files_are_those_of_other_groups(trusts, tmp_path):
+    models, (mine, plain) = twin_models(trusts)
+
+    def step_both(index):
+        for optimizer in (mine, plain):
+            optimizer.zero_grad()
+        backward(models, index)
+        for optimizer in (mine, plain):
+            optimizer.step()
+
+    for index in range(2):
+        step_both(index)
+    mine.save(tmp_path / "mine", values=True)
+    plain.save(tmp_path / "plain", values=True)
+    assert (tmp_path / "mine").read_bytes() == (tmp_path / "plain").read_bytes()
+    for index in range(2, 4):
+        step_both(index)
+    mine.load(tmp_path / "plain")
+    plain.load(tmp_path / "mine")
+    assert_in_place(mine)
+    for index in range(4, 6):
+        step_both(index)
+    support.assert_bits(support.all_state(mine), support.all_state(plain))
+    mine.load(tmp_path / "plain", strict=False, rename=lambda name: name.replace("2.", "none."))
+    plain.load(tmp_path / "mine", strict=False, rename=lambda name: name.replace("2.", "none."))
+    step_both(6)
+    support.assert_bits(support.all_state(mine), support.all_state(plain))
+    assert_in_place(mine)
+
+
+def test_copies_are_not_flat_and_go_on():
+    mine, plain = pair()
+    train(mine, plain, 2)
+    for copied in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        assert copied.flat_buffers == [] and all(type(state) is dict for state in copied.state.values())
+        assert not set(params_of(copied)) & set(params_of(mine))
+        other = copy.deepcopy(plain)
+        train(copied, other, 2, first=2)
+        support.assert_bits(support.all_state(copied), support.all_state(other))
+        flatten(copied)
+        train(copied, other, 2, first=4)
+        support.assert_bits(support.all_state(copied), support.all_state(other))
+    train(mine, plain, 2, first=2)
+    assert_same(mine, plain)
+
+
+# ---- what cannot be flat ------------------------------------------------------------------------
+
+
+def one(*shape, **kwargs):
+    return torch.nn.Parameter(torch.ones(*shape, device=device.DEFAULT, **kwargs))
+
+
+def overlapping():
+    whole = torch.ones(8, device=device.DEFAULT)
+    return [torch.nn.Parameter(whole[:5]), torch.nn.Parameter(whole[4:])]
+
+
+def of_another_optimizer():
+    p = one(3)
+    of_another_optimizer.kept = fusestep.optim.SGD([p])
+    flatten(of_another_optimizer.kept)
+    return [p]
+
+
+def shared_between_processes():
+    p = torch.nn.Parameter(torch.ones(3, device="cpu"))
+    p.share_memory_()
+    return [p]
+
+
+REFUSED = {
+    "group 0, parameter 0 and group 0, parameter 1 share memory": overlapping,
+    "group 0, parameter 1: flatten: not for a tensor that is not dense in memory: shape .3., strides .2.": lambda: [
+        one(3),
+        torch.nn.Parameter(torch.ones(6, device=device.DEFAULT)[::2]),
+    ],
+    "strides .0.": lambda: [torch.nn.Parameter(torch.ones(1, device=device.DEFAULT).expand(4))],
+    "only on cpu and cuda, got meta": lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
+    "it is in the buffer of another optimizer": of_another_optimizer,
+    "memory shared with other processes": shared_between_processes,
+    "sparse": lambda: [torch.nn.Parameter(torch.ones(3).to_sparse())],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message):
+    parameters = REFUSED[message]()
+    optimizer = fusestep.optim.SGD(parameters, lr=0.1)
+    addresses = [p.data_ptr() for p in parameters if p.layout is torch.strided]
+    with pytest.raises(fusestep.InvalidArgument, match=message):
+        flatten(optimizer)
+    assert optimizer.flat_buffers == []
+    assert addresses == [p.data_ptr() for p in parameters if p.layout is torch.strided]
+
+
+def test_refused_optimizers():
+    p = one(3)
+    with pytest.raises(fusestep.InvalidArgument, match="expected an optimizer of fusestep.optim, got SGD"):
+        flatten(torch.optim.SGD([p]))
+    with pytest.raises(fusestep.InvalidArgument, match="differentiable=True"):
+        flatten(fusestep.optim.SGD([p], differentiable=True))
+    optimizer = fusestep.optim.SGD([("w", p)])
+    with pytest.raises(fusestep.InvalidArgument, match="trust_gradients must be True or False, got 1"):
+        flatten(optimizer, trust_gradients=1)
+    flatten(optimizer)
+    with pytest.raises(fusestep.InvalidArgument, match="flat already"):
+        flatten(optimizer)
+
+
+def test_an_optimizer_that_is_gone_holds_nothing():
+    p = one(3)
+    for _ in range(3):
+        optimizer = fusestep.optim.SGD([p], lr=0.1)
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which makes a cycle
+        flatten(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_listed_twice_is_refused():
+    p = one(3)
+    with pytest.raises(fusestep.InvalidArgument, match="'a' and group 0, parameter 'b' share memory"):
+        flatten(fusestep.optim.SGD([("a", p), ("b", p)]))
+
+
+# ---- beside others --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_views", [False, True], ids=["copied", "gradient_as_bucket_view"])
+@pytest.mark.only_on("cpu", reason="gloo")
+@TRUSTS
+def test_under_distributed_data_parallel(trusts, as_views):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        models, (mine, plain) = twin_models(trusts)
+        ddp = torch.nn.parallel.DistributedDataParallel(models[0], gradient_as_bucket_view=as_views)
+        for index in range(5):
+            for optimizer in (mine, plain):
+                optimizer.zero_grad()
+            backward((ddp, models[1]), index)
+            for optimizer in (mine, plain):
+                optimizer.step()
+            assert_same(mine, plain)
+        assert_in_place(mine)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@TRUSTS
+def test_schedules_and_averages(trusts):
+    models, (mine, plain) = twin_models(trusts)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=12) for o in (mine, plain)]
+    averages = [torch.optim.swa_utils.AveragedModel(model) for model in models]
+    for index in range(10):
+        for optimizer in (mine, plain):
+            optimizer.zero_grad()
+        backward(models, index)
+        for optimizer, schedule, average, model in zip((mine, plain), schedules, averages, models, strict=True):
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+    assert_same(mine, plain)
+    for p, q in zip(averages[0].parameters(), averages[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@TRUSTS
+def test_hooks_and_closures(trusts):
+    models, (mine, plain) = twin_models(trusts)
+    calls = []
+    for optimizer in (mine, plain):
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    for index in range(4):
+        for optimizer, model in zip((mine, plain), models, strict=True):
+
+            def closure(optimizer=optimizer, model=model, index=index):
+                optimizer.zero_grad()
+                loss = model(torch.full((4, 6), 0.1 * index, device=device.DEFAULT)).square().sum()
+                loss.backward()
+                return loss
+
+            assert optimizer.step(closure).requires_grad
+    assert len(calls) == 8
+    assert_same(mine, plain)
+
+
+# ---- graphs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@TRUSTS
+def test_replays_are_steps(trusts):
+    mine, plain = pair("SGD", trusts, max_grad_norm=0.5)
+    train(mine, plain, 2)
+    graph = device.capture(mine.step)
+    for index in range(10):
+        give_grads(mine, plain, 100 + index)
+        for optimizer in (mine, plain):
+            optimizer.param_groups[0]["lr"] *= 0.9
+        mine.sync_hyper()
+        graph.replay()
+        plain.step()
+        if index == 5:
+            train(mine, plain, 1, first=50)
+    assert_same(mine, plain)
