@@ -26,6 +26,7 @@ SUITES = [
     "test_stories.py",
     "test_gradients.py",
     "test_mixed_precision.py",
+    "test_flat.py",
     "test_threads_memory.py",
     "test_distributed.py::test_over_nccl",
 ]

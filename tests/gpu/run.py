@@ -36,6 +36,7 @@ PARTS = [
     ("streams", 30, "cuda_gpu_streams", []),
     ("graphs", 60, "cuda_gpu_graphs", []),
     ("state", 60, "cuda_gpu_state", []),
+    ("flat", 30, "cuda_gpu_flat", []),
     ("limits", 60, "gpu_limits_test", []),
     ("python", 300, "python_tests.py", []),
 ]
