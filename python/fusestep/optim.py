@@ -125,13 +125,6 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         """Those that `flatten` and groups added after it have made; a list of FlatBuffer."""
         return [] if self._flat is None else list(self._flat.buffers)
 
-    def zero_grad(self, set_to_none: bool = True):
-        """torch's zero_grad. Of flat groups gradients stay what they are, views of their buffer, and are zero."""
-        if self._flat is None:
-            super().zero_grad(set_to_none)
-        else:
-            self._flat.zero_grad(set_to_none)
-
     @_outside_graphs
     def step(self, closure=None):
         """One step of every parameter that has a gradient.
@@ -190,7 +183,12 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             self._flat.remember()
 
     def zero_grad(self, set_to_none=True):
-        """torch's zero_grad; gradients are set to zero by one call for each device and dtype."""
+        """torch's zero_grad; gradients are set to zero by one call for each device and dtype.
+
+        Those of flat groups stay what they are, views of their buffer, and are zero.
+        """
+        if self._flat is not None:
+            return self._flat.zero_grad(set_to_none)
         if set_to_none or not hasattr(self, "_zero_grad_profile_name"):
             return super().zero_grad(set_to_none)
         alike = {}
@@ -208,7 +206,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     else:
                         alike.setdefault((grad.device, grad.dtype), []).append(grad)
             for grads in alike.values():
-                torch._foreach_zero_(grads)
+                _zero(grads)
         return None
 
     def _stand_in(self):
@@ -469,6 +467,15 @@ class RMSprop(_FusedStep, torch.optim.RMSprop):
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------
+
+
+def _zero(grads):
+    """Fills them with zeros. torch 2.11 does not count that as a change on CUDA devices: it is counted here."""
+    version = None if grads[0].is_inference() else grads[0]._version
+    torch._foreach_zero_(grads)
+    if version is not None and grads[0]._version == version:
+        for grad in grads:
+            torch.autograd.graph.increment_version(grad)
 
 
 def _capturing():

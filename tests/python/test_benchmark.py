@@ -328,7 +328,7 @@ def test_the_programs_in_cpp_have_the_same_names():
     source = (ROOT / "bench" / "cpp" / "workload.h").read_text()
     rules = re.findall(r'\{"(\w+)", (?:Adam|AdamW|Sgd|Rmsprop)Hyper\{.*?\}, (\d)\}', source)
     assert {name: int(slots) for name, slots in rules} == {name: len(rule.slots) for name, rule in cases.RULES.items()}
-    assert set(cases.DTYPES) <= set(re.findall(r'\{"(\w+)", DType::', source))
+    assert set(cases.DTYPES) <= set(re.findall(r'\{"(\w+)", \w+, \w+, ', source))
 
 
 def test_models():
