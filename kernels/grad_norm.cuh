@@ -7,9 +7,7 @@
 // under way.
 #pragma once
 
-#include <algorithm>
 #include <bit>
-#include <type_traits>
 
 #include "fusestep/detail/norm.h"
 #include "tuning.h"
@@ -22,7 +20,7 @@ inline constexpr int kNormPerThread = kNormBlock / kNormThreads;
 template <class Source>
 struct SumBlocks {
   static constexpr int kThreads = kNormThreads;
-  static constexpr int kMinBlocks = 5;
+  static constexpr int kMinBlocks = 4;
   static constexpr int kPhases = 2 + std::countr_zero(unsigned{kThreads});
   struct Shared {
     double squares[kThreads];
@@ -84,54 +82,19 @@ struct GradientSource {
     const std::int64_t left = row.size - begin;
     const Grad* grad = static_cast<const Grad*>(row.grad) + begin;
     assume_global(grad);
-    using Real = std::conditional_t<std::is_same_v<Grad, double>, double, float>;
-    Real own[kNormPerThread];
-#pragma unroll
-    for (int k = 0; k < kNormPerThread; ++k) {
-      const int i = thread + k * kNormThreads;
-      own[k] = i < left ? load_as<Real>(grad[i]) : Real(0);
-    }
-    std::uint32_t highest = 0;
-#pragma unroll
-    for (int k = 0; k < kNormPerThread; ++k) highest = std::max(highest, above_normal(own[k]));
-    if (highest < kInfinityAboveNormal)
-      return {sum_of_squares([](Real g) { return plain_magnitude(g); }, own), 0};
-    NormSum sum{sum_of_squares([](Real g) { return static_cast<double>(g); }, own), 0};
-#pragma unroll
-    for (int k = 0; k < kNormPerThread; ++k) sum.nonfinite += is_finite(own[k]) ? 0 : 1;
-    return sum;
-  }
-
-  template <class Real, class Widen>
-  FUSESTEP_HD static double sum_of_squares(Widen widen, const Real (&own)[kNormPerThread]) {
     double squares[kNormPerThread];
 #pragma unroll
     for (int k = 0; k < kNormPerThread; ++k) {
-      const double wide = widen(own[k]);
-      squares[k] = wide * wide;
+      const int i = thread + k * kNormThreads;
+      squares[k] = i < left ? square(grad[i]).squares : 0.0;
     }
-    return add_by_halves<kNormPerThread>(squares);
+    NormSum sum{add_by_halves<kNormPerThread>(squares), 0};
+    if (is_finite(sum.squares)) return sum;  // then all of them are
+    for (int i = thread; i < kNormBlock && i < left; i += kNormThreads) {
+      sum.nonfinite += square(grad[i]).nonfinite;
+    }
+    return sum;
   }
-
-  /// The bits of |x|, counted from those of the smallest normal number; 0 for zero. Infinity and
-  /// NaN are at kInfinityAboveNormal and higher, and so are subnormal numbers, below 0 as they are.
-  FUSESTEP_HD static std::uint32_t above_normal(float x) {
-    const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-    return magnitude == 0 ? 0 : magnitude - 0x00800000u;
-  }
-  FUSESTEP_HD static std::uint32_t above_normal(double x) {
-    return is_finite(x) ? 0 : kInfinityAboveNormal;
-  }
-  static constexpr std::uint32_t kInfinityAboveNormal = 0x7f800000u - 0x00800000u;
-
-  /// |x| of zero and normal numbers, by integer operations: the instruction that converts is slower
-  /// than memory is for 16-bit gradients.
-  FUSESTEP_HD static double plain_magnitude(float x) {
-    const std::uint64_t magnitude = bits_of(x) & 0x7fffffffu;
-    const std::uint64_t wide = (magnitude << 29) + (std::uint64_t{1023 - 127} << 52);
-    return __builtin_bit_cast(double, magnitude == 0 ? 0 : wide);
-  }
-  FUSESTEP_HD static double plain_magnitude(double x) { return x; }
 };
 
 /// Between the shares of the norm and two doubles for a sum over processes.

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 SIZES = {"float": 4, "double": 8, "bfloat16": 2, "float16": 2}
 TABLE_HEAD = f"{'kernel':<88} {'regs':>4} {'stack':>5} {'loads':>5} {'stores':>6} {'per element':>11} {'fma':>4}"
@@ -64,11 +65,17 @@ class Kernel:
         self.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
         self.codes = opcodes(sass)
         self.ptx = ptx
-        self.loads = self.count(r"LDG\.E(\.\w+)*\.128(\.\w+)*")
-        self.stores = self.count(r"STG\.E(\.\w+)*\.128(\.\w+)*")
         self.fmas = sum(1 for line in ptx if re.search(r"\bfma\.rn\.f(32|64)", line))
         layout = re.search(r"Layout<(.*?)>", name)
         self.layout = layout.group(1).split(", ") if layout else None
+        self.loads = [i for i, code in enumerate(self.codes) if self.bits(code, "LDG")]
+        self.stores = [i for i, code in enumerate(self.codes) if self.bits(code, "STG")]
+
+    def bits(self, code, kind):
+        """Of a vector access; None for others. Scalar ones of double have 64."""
+        found = re.fullmatch(kind + r"\.E(?:\.\w+)*\.(64|128)(?:\.\w+)*", code)
+        is_scalar = found and self.layout and self.layout[0] == "double" and found.group(1) == "64"
+        return int(found.group(1)) if found and not is_scalar else None
 
     def count(self, pattern):
         return sum(1 for code in self.codes if re.fullmatch(pattern, code))
@@ -81,7 +88,17 @@ class Kernel:
 
     @property
     def width(self):
-        return 16 // min(SIZES[dtype] for dtype in self.layout[:3])
+        return 16 // max(SIZES[dtype] for dtype in self.layout[:3] + self.master)
+
+    @property
+    def vectors(self):
+        """Loaded by a thread at a time, as kernels/tuning.h has it."""
+        return 2 if 2 * self.width * sum(SIZES[dtype] for dtype in self.read) <= 96 else 1
+
+    @property
+    def blocks(self):
+        """Of 128 threads that a multiprocessor is to hold."""
+        return 9 - self.vectors if self.layout[0] != "double" else 4
 
     @property
     def master(self):
@@ -99,24 +116,21 @@ class Kernel:
         stored = [grad] if "stores grad" in self.layout else []
         return self.master + [value] + stored + [slot] * self.slots
 
-    def pieces(self, dtypes):
-        """16-byte accesses that bring one vector of each of these."""
-        return sum(self.width * SIZES[dtype] // 16 for dtype in dtypes)
+    def accesses(self, dtypes):
+        """Bits of the accesses that move what a thread holds at a time of each of these."""
+        return sorted(8 * self.width * SIZES[dtype] for dtype in dtypes) * self.vectors
 
     def per_element(self):
         """Instructions from the first vector load to the last vector store, per element."""
-        if self.layout is None or self.stores == 0:
+        if self.layout is None or not self.stores:
             return 0.0
-        last = max(i for i, code in enumerate(self.codes) if re.fullmatch(r"STG\.E(\.\w+)*\.128(\.\w+)*", code))
-        data_loads = self.pieces(self.read)
-        vectors = self.stores // self.pieces(self.written)
-        loads = [i for i, code in enumerate(self.codes[:last]) if re.fullmatch(r"LDG\.E(\.\w+)*\.128(\.\w+)*", code)]
-        first = loads[-data_loads * vectors]
-        return (last - first + 1) / (vectors * self.width)
+        last = max(self.stores)
+        first = [i for i in self.loads if i < last][-len(self.accesses(self.read))]
+        return (last - first + 1) / (self.vectors * self.width)
 
     def row(self):
         return (
-            f"{self.name:<88} {self.registers:>4} {self.stack:>5} {self.loads:>5} {self.stores:>6} "
+            f"{self.name:<88} {self.registers:>4} {self.stack:>5} {len(self.loads):>5} {len(self.stores):>6} "
             f"{self.per_element():>11.1f} {self.fmas:>4}"
         )
 
@@ -133,16 +147,17 @@ class Kernel:
                 yield what
         if self.layout is None:
             return
-        if self.layout[0] != "double":
-            if self.registers > 64:
-                yield f"{self.registers} registers leave no room for two blocks of 512"
-            if self.count(r"D(ADD|MUL|FMA|SETP)(\.\w+)*") or re.search(r"\.f64\b", text):
-                yield "uses double precision"
-        data_loads, vector_stores = self.pieces(self.read), self.pieces(self.written)
-        if self.loads < data_loads:
-            yield f"has {self.loads} 16-byte loads, a vector takes {data_loads}"
-        if self.stores == 0 or self.stores % vector_stores:
-            yield f"has {self.stores} 16-byte stores, a vector takes {vector_stores}"
+        if self.registers > 65536 // (128 * self.blocks) // 8 * 8:
+            yield f"{self.registers} registers leave no room for {self.blocks} blocks of 128"
+        if self.layout[0] != "double" and (self.count(r"D(ADD|MUL|FMA|SETP)(\.\w+)*") or re.search(r"\.f64\b", text)):
+            yield "uses double precision"
+        loads = Counter(self.bits(self.codes[i], "LDG") for i in self.loads)
+        stores = Counter(self.bits(self.codes[i], "STG") for i in self.stores)
+        wanted = Counter(self.accesses(self.read))
+        if wanted - loads:  # it reads tables, too
+            yield f"has loads of so many bits: {dict(loads)}, what a thread holds takes {dict(wanted)}"
+        if stores != Counter(self.accesses(self.written)):
+            yield f"has stores of so many bits: {dict(stores)}, expected {self.accesses(self.written)}"
 
 
 def read_kernels(cuobjdump, library):
