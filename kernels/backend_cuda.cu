@@ -68,7 +68,8 @@ class StreamToFreeOn {
  public:
   explicit StreamToFreeOn(int device) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (cudaStreamGetCaptureInfo(nullptr, &status, nullptr) == cudaSuccess) return;
+    const cudaError_t code = cudaStreamGetCaptureInfo(nullptr, &status, nullptr);
+    if (code == cudaSuccess && status == cudaStreamCaptureStatusNone) return;
     static_cast<void>(cudaGetLastError());
     private_.emplace(device);
   }

@@ -40,6 +40,8 @@ class Sparse {
 
 constexpr std::int64_t kSize = (std::int64_t{1} << 32) + 20011;  // beyond unsigned, too
 
+constexpr unsigned kBlocksLog2 = 2;  // of a chunk
+
 template <class Body>
 void run_block(const Body& body, unsigned block) {
   cuda_sim::run_block(body, block, false);
@@ -79,8 +81,8 @@ TEST(HugeTensor, StepsAtTheRightAddresses) {
       RuleScalars<R, float>{1.0f, 1.0f, HUGE_VALF, {}, {0.0f, 0.9f, 1.0f, 0.0f, -0.5f, 1.0f}});
   const Control control{};
   const ApplyTables tables{table.data(), &row, &scalars, &control};
-  const Kernel kernel{tables, Kernel::kThreads};
-  for (unsigned block = 0; block < table.size(); ++block) run_block(kernel, block);
+  const Kernel kernel{tables, kBlocksLog2};
+  for (unsigned block = 0; block < table.size() << kBlocksLog2; ++block) run_block(kernel, block);
 
   for (const Chunk& chunk : table) {
     const std::int64_t begin = std::int64_t{chunk.index} * Kernel::kChunk;
