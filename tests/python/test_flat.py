@@ -12,6 +12,7 @@ import torch
 
 import device
 import fusestep
+import ranks
 import support
 from fusestep.optim import flatten, freeze, thaw
 
@@ -743,25 +744,25 @@ def test_a_parameter_listed_twice_is_refused():
 # ---- beside others --------------------------------------------------------------------------------
 
 
+def run_under_distributed_data_parallel(rank, trusts, as_views):
+    models, (mine, plain) = twin_models(trusts)
+    ddp = torch.nn.parallel.DistributedDataParallel(models[0], gradient_as_bucket_view=as_views)
+    for index in range(5):
+        for optimizer in (mine, plain):
+            optimizer.zero_grad()
+        backward((ddp, models[1]), index)
+        for optimizer in (mine, plain):
+            optimizer.step()
+        assert_same(mine, plain)
+    assert_in_place(mine)
+
+
 @pytest.mark.parametrize("as_views", [False, True], ids=["copied", "gradient_as_bucket_view"])
 @pytest.mark.only_on("cpu", reason="gloo")
 @TRUSTS
 def test_under_distributed_data_parallel(trusts, as_views):
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        models, (mine, plain) = twin_models(trusts)
-        ddp = torch.nn.parallel.DistributedDataParallel(models[0], gradient_as_bucket_view=as_views)
-        for index in range(5):
-            for optimizer in (mine, plain):
-                optimizer.zero_grad()
-            backward((ddp, models[1]), index)
-            for optimizer in (mine, plain):
-                optimizer.step()
-            assert_same(mine, plain)
-        assert_in_place(mine)
-    finally:
-        torch.distributed.destroy_process_group()
+    """In a process of its own: the reducer's end waits for threads that wait for Python."""
+    ranks.run(1, run_under_distributed_data_parallel, trusts, as_views)
 
 
 @TRUSTS
