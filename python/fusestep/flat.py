@@ -275,7 +275,7 @@ class Flat:
         if type(optimizer.state) is not _States:
             optimizer.state = _States(optimizer.state, self)
         self._freezings = freezing.changes()
-        self._is_remembered = self._stepper.remember(optimizer.param_groups, self._expected())
+        self._is_remembered = self._stepper.remember(optimizer.param_groups, self._expected(), optimizer.state)
 
     @property
     def _stepper(self):

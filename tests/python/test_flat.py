@@ -506,6 +506,85 @@ def test_state_that_was_removed_stays_what_it_was():
     assert_same(mine, plain)
 
 
+# ---- memory that somebody else gives to tensors ----------------------------------------------------
+
+
+def set_step_data(optimizer):
+    optimizer.state[params_of(optimizer)[1]]["step"].data = torch.tensor(100.0)
+
+
+def set_slot_data(optimizer):
+    slot = optimizer.state[params_of(optimizer)[1]]["exp_avg"]
+    slot.data = slot.data * 2
+
+
+def set_slot_storage(optimizer):
+    slot = optimizer.state[params_of(optimizer)[1]]["exp_avg_sq"]
+    slot.set_(slot * 2)
+
+
+def transpose_value(optimizer):
+    p = params_of(optimizer)[0]
+    p.data = p.data.t()
+
+
+def transpose_grad_data(optimizer):
+    p = params_of(optimizer)[0]
+    p.grad.data = p.grad.data.t()
+
+
+def transpose_grad(optimizer):
+    params_of(optimizer)[0].grad.t_()
+
+
+def narrow(optimizer):
+    p = params_of(optimizer)[0]
+    narrow.full = [*getattr(narrow, "full", []), p.data]
+    p.data = p.data[:2]
+    p.grad.data = p.grad.data[:2]
+    for name, slot in optimizer.state[p].items():
+        if name != "step":
+            slot.data = slot.data[:2]
+
+
+MEMORY = [set_step_data, set_slot_data, set_slot_storage, transpose_value, transpose_grad_data, transpose_grad, narrow]
+
+
+def step_among_allocations(mine, plain, steps):
+    kept = []
+    for index in range(steps):
+        for p, q in zip(params_of(mine), params_of(plain), strict=True):
+            q.grad.copy_(torch.sin(q.grad + index))
+            p.grad.copy_(q.grad)
+        kept += [torch.full((), float(n), device=device.DEFAULT) for n in range(50)]
+        mine.step(), plain.step()
+
+
+@pytest.mark.parametrize("change", MEMORY, ids=lambda change: change.__name__)
+def test_tensors_with_other_memory_or_another_layout_are_noticed(change):
+    narrow.full = []
+    mine, plain = pair(shapes=((4, 4), (5,), (6,)))
+    train(mine, plain, 3)
+    for optimizer in (mine, plain):
+        change(optimizer)
+    step_among_allocations(mine, plain, 10)
+    assert_same(mine, plain)
+    if narrow.full:
+        assert torch.equal(*narrow.full)
+
+
+@pytest.mark.parametrize("change", [set_step_data, set_slot_data, set_slot_storage], ids=lambda change: change.__name__)
+def test_memory_that_trusted_steps_still_write_to_is_kept(change):
+    mine, plain = pair(shapes=((4, 4), (5,), (6,)), trusts=True)
+    train(mine, plain, 3)
+    before = support.twins([p.detach() for p in params_of(plain)])
+    change(mine)
+    step_among_allocations(mine, plain, 10)  # as if nothing had been changed
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(before[0], params_of(plain)[0])
+
+
 # ---- freezing -----------------------------------------------------------------------------------
 
 
