@@ -110,6 +110,12 @@ class FlatBuffer:
             self.grads = self._new(self._grad_dtype, self.values.device, 1)
         return self._part(self.grads, index)
 
+    def is_grad(self, tensor: torch.Tensor, index: int) -> bool:
+        """Whether it is the view of `grads` that `grad` gives."""
+        begin = self.grads.data_ptr() + self.offsets[index] * self.grads.element_size()
+        in_place = tensor.numel() == 0 or tensor.data_ptr() == begin
+        return in_place and (tensor.shape, tensor.stride()) == self._layouts[index] and tensor.dtype == self.grads.dtype
+
     def slot(self, name: str, dtype: torch.dtype, index: int) -> torch.Tensor | None:
         """None where the buffer of this name has another dtype."""
         if name not in self.slots:
@@ -178,28 +184,41 @@ class Flat:
 
     def link_gradients(self) -> None:
         """Copies gradients that are elsewhere to their places. What does not fit there stays where it is."""
+        moves, missing = [], []
         with torch.no_grad():
             for p, (buffer, index) in self._places.items():
                 grad = p.grad
                 if grad is None and not (self.trusts and p.requires_grad):
                     continue
                 place = self._grads.get(p)
-                if place is None:
-                    place = self._grads[p] = buffer.grad(index)
+                if place is None or not buffer.is_grad(place, index):
+                    place = self._grads[p] = buffer.grad(index)  # somebody has set its data, if there was one
                 if grad is None:
-                    p.grad = place.zero_()
-                elif grad is not place and _fits(grad, place):
-                    if grad.data_ptr() != place.data_ptr() or grad.stride() != place.stride():
-                        place.copy_(grad)
-                    p.grad = place
-                elif grad is place and not self._is_at_home(place, buffer, index):
-                    fresh = self._grads[p] = buffer.grad(index)  # somebody has set its data
-                    fresh.copy_(grad)
-                    p.grad = fresh
+                    missing.append((p, place))
+                elif grad is not place:
+                    moves.append((p, place, grad))
+            # Places are written to when nothing is read from them any more.
+            moves = [(p, place, self._apart(p, grad, place)) for p, place, grad in moves]
+            for p, place in missing:
+                p.grad = place.zero_()
+            for p, place, grad in moves:
+                if not _fits(grad, place):
+                    if grad is not p.grad:
+                        p.grad = grad
+                    continue
+                if grad.data_ptr() != place.data_ptr() or grad.stride() != place.stride():
+                    place.copy_(grad)
+                p.grad = place
 
-    def _is_at_home(self, place, buffer, index):
-        begin = buffer.grads.data_ptr() + buffer.offsets[index] * buffer.grads.element_size()
-        return place.numel() == 0 or place.data_ptr() == begin
+    def _apart(self, p, grad, place):
+        """A copy of a gradient that lies in the place of another."""
+        if grad.layout is not torch.strided or not _has_memory(grad):
+            return grad
+        if grad.data_ptr() == place.data_ptr() and grad.shape == place.shape and grad.dtype == place.dtype:
+            return grad if grad.stride() == place.stride() else grad.clone()
+        memory = grad.untyped_storage().data_ptr()
+        buffers = (buffer.grads for buffer in self.buffers if buffer.grads is not None)
+        return grad.clone() if any(memory == whole.untyped_storage().data_ptr() for whole in buffers) else grad
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One memset for every buffer; what is not in one is cleared as torch does it."""

@@ -235,6 +235,53 @@ def test_a_gradient_that_was_replaced_is_noticed(how, which):
     assert_in_place(mine)
 
 
+def exchange(optimizer):
+    first, second, *_ = params_of(optimizer)
+    first.grad, second.grad = second.grad, first.grad
+
+
+def hand_down(optimizer):
+    first, second, *_ = params_of(optimizer)
+    old, first.grad = first.grad, torch.full_like(first, 0.5)
+    second.grad = old
+
+
+def rotate(optimizer):
+    first, second, third = params_of(optimizer)
+    first.grad, second.grad, third.grad = second.grad, third.grad, first.grad
+
+
+def exchange_data(optimizer):
+    first, second, *_ = (p.grad for p in params_of(optimizer))
+    first.data, second.data = second.data, first.data
+
+
+def share(optimizer):
+    first, second, third = params_of(optimizer)
+    first.grad = second.grad = third.grad
+
+
+def give_and_drop(optimizer):
+    first, second, _ = params_of(optimizer)
+    first.grad, second.grad = second.grad, None
+
+
+EXCHANGES = [exchange, hand_down, rotate, exchange_data, share, give_and_drop]
+
+
+@pytest.mark.parametrize("how", EXCHANGES, ids=lambda how: how.__name__)
+def test_gradients_that_change_places(how):
+    mine, plain = pair("SGD", shapes=((4,), (4,), (4,)))
+    for index in range(4):
+        give_grads(mine, plain, index)
+        for optimizer in (mine, plain):
+            if index == 3:
+                how(optimizer)
+            optimizer.step()
+    assert_same(mine, plain)
+    assert_in_place(mine)
+
+
 def test_a_gradient_of_another_dtype_stays_where_it_is():
     mine, plain = pair("Adam", dtype=torch.bfloat16)
     for p, q in zip(params_of(mine), params_of(plain), strict=True):
