@@ -632,6 +632,99 @@ def test_memory_that_trusted_steps_still_write_to_is_kept(change):
     assert not torch.equal(before[0], params_of(plain)[0])
 
 
+def keep_own_dict(optimizer):
+    p = params_of(optimizer)[1]
+    own = dict(optimizer.state[p])
+    optimizer.state[p] = own
+    return lambda: own.update(step=torch.tensor(30.0), exp_avg=own["exp_avg"] * 2)
+
+
+def keep_the_state(optimizer):
+    p = params_of(optimizer)[1]
+    own = optimizer.state[p]
+    optimizer.state[p] = own
+    return lambda: own.update(step=torch.tensor(30.0), exp_avg=own["exp_avg"] * 2)
+
+
+def keep_a_state_that_is_new(optimizer):
+    p = params_of(optimizer)[1]
+    del optimizer.state[p]
+    own = optimizer.state[p]
+    return lambda: own.update(step=torch.tensor(30.0))
+
+
+@TRUSTS
+@pytest.mark.parametrize("keep", [keep_own_dict, keep_the_state, keep_a_state_that_is_new], ids=lambda keep: keep.__name__)
+def test_state_that_somebody_keeps_may_be_written_to_at_any_time(keep, trusts):
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    change_mine, change_plain = keep(mine), keep(plain)
+    train(mine, plain, 3, first=3)
+    change_mine(), change_plain()
+    train(mine, plain, 2, first=6)
+    assert_same(mine, plain)
+
+
+def test_states_are_copied_as_dicts_are():
+    mine, plain = pair()
+    train(mine, plain, 3)
+    first, *_ = params_of(mine)
+    other = {first: {"a": 1}, "b": {}}
+    for copied in (mine.state.copy(), copy.copy(mine.state), mine.state | {}, {} | mine.state):
+        assert type(copied) is collections.defaultdict and copied.default_factory is dict
+        assert list(copied) == list(mine.state) and copied[first] is mine.state[first]
+    assert (mine.state | other)[first] == {"a": 1} and "b" in (mine.state | other)
+    assert (other | mine.state)[first] is mine.state[first] and "b" in (other | mine.state)
+    train(mine, plain, 2, first=3)
+    assert_same(mine, plain)
+
+
+@TRUSTS
+@pytest.mark.parametrize("stepped", [False, True])
+def test_parameters_that_have_left_have_gradients_of_their_own(trusts, stepped):
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    left = [optimizer.param_groups[0]["params"].pop(0) for optimizer in (mine, plain)]
+    others = [make("SGD", [p]) for p in left]
+    if stepped:
+        mine.step(), plain.step()
+        flatten(others[0])
+    for p in left:
+        p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1.0)
+    mine.zero_grad(), plain.zero_grad(set_to_none=False)
+    for optimizer in (mine, plain, *others):
+        optimizer.step()
+    assert left[0].grad.eq(1).all()
+    assert_same(mine, plain), assert_same(*others)
+
+
+@pytest.mark.parametrize("how", ["frozen", "stray", "stray and frozen"])
+def test_zero_grad_with_zeros_keeps_gradients(how):
+    mine, plain = pair("SGD")
+    train(mine, plain, 3)
+    kept = []
+    for optimizer in (mine, plain):
+        p = params_of(optimizer)[1]
+        p.grad = p.grad if how == "frozen" else torch.ones_like(p)
+        kept.append(p.grad)
+        p.requires_grad_(how == "stray")
+        optimizer.zero_grad(set_to_none=False)
+        assert p.grad is kept[-1] and not p.grad.any()
+    for _ in range(3):
+        mine.step(), plain.step()
+    assert_same(mine, plain)
+
+
+def test_gradients_can_be_detached_in_place():
+    mine, plain = pair()
+    for index in range(3):
+        train(mine, plain, 1, first=index)
+        for p in params_of(mine):
+            p.grad.detach_().zero_()
+    assert_in_place(mine)
+    assert not mine.flat_buffers[0].grads.any()
+
+
 # ---- freezing -----------------------------------------------------------------------------------
 
 
@@ -822,6 +915,7 @@ REFUSED = {
     "only on cpu and cuda, got meta": lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
     "it is in the buffer of another optimizer": of_another_optimizer,
     "memory shared with other processes": shared_between_processes,
+    "not initialized yet": lambda: [torch.nn.parameter.UninitializedParameter()],
     "sparse": lambda: [torch.nn.Parameter(torch.ones(3).to_sparse())],
 }
 
@@ -830,11 +924,12 @@ REFUSED = {
 def test_refused(message):
     parameters = REFUSED[message]()
     optimizer = fusestep.optim.SGD(parameters, lr=0.1)
-    addresses = [p.data_ptr() for p in parameters if p.layout is torch.strided]
+    strided = [p for p in parameters if p.layout is torch.strided and not torch.nn.parameter.is_lazy(p)]
+    addresses = [p.data_ptr() for p in strided]
     with pytest.raises(fusestep.InvalidArgument, match=message):
         flatten(optimizer)
     assert optimizer.flat_buffers == []
-    assert addresses == [p.data_ptr() for p in parameters if p.layout is torch.strided]
+    assert addresses == [p.data_ptr() for p in strided]
 
 
 def test_refused_optimizers():
@@ -857,6 +952,43 @@ def test_an_optimizer_that_is_gone_holds_nothing():
         optimizer = fusestep.optim.SGD([p], lr=0.1)
         torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which makes a cycle
         flatten(optimizer)
+
+
+def test_state_that_was_kept_does_not_hold_its_optimizer():
+    p = one(3)
+    optimizer = fusestep.optim.Adam([p])
+    flatten(optimizer)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = dict(optimizer.state)
+    del optimizer
+    flatten(fusestep.optim.Adam([p]))
+    saved[p]["step"] = torch.tensor(1.0)
+
+
+def test_refused_in_inference_mode():
+    p, q = one(3), one(4)
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    with torch.inference_mode(), pytest.raises(fusestep.InvalidArgument, match="inference_mode"):
+        flatten(optimizer)
+    assert optimizer.flat_buffers == []
+    flatten(optimizer)
+    with torch.inference_mode(), pytest.raises(fusestep.InvalidArgument, match="inference_mode"):
+        optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 1
+    p.square().sum().backward()
+
+
+def test_no_buffer_of_gradients_is_made_within_a_capture(monkeypatch):
+    p = one(3).requires_grad_(False)
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    (buffer,) = flatten(optimizer)
+    assert "values)" in repr(buffer)
+    monkeypatch.setattr(fusestep.flat, "_capturing", lambda: True)
+    with pytest.raises(fusestep.InvalidArgument, match="while a CUDA graph is captured"):
+        buffer.grad(0)
+    monkeypatch.undo()
+    assert buffer.grad(0).shape == (3,) and "values, grads)" in repr(buffer)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
