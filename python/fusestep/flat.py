@@ -327,7 +327,9 @@ class Flat:
         if type(optimizer.state) is not _States or optimizer.state.watcher is not self:
             optimizer.state = _States(optimizer.state, self)
         self._freezings = freezing.changes()
-        self._is_remembered = optimizer.state.are_watched() and self._stepper.remember(optimizer.param_groups, self._expected(), optimizer.state)
+        self._is_remembered = optimizer.state.are_watched() and self._stepper.remember(
+            optimizer.param_groups, self._expected(), optimizer.state
+        )
 
     @property
     def _stepper(self):

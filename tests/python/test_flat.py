@@ -654,7 +654,9 @@ def keep_a_state_that_is_new(optimizer):
 
 
 @TRUSTS
-@pytest.mark.parametrize("keep", [keep_own_dict, keep_the_state, keep_a_state_that_is_new], ids=lambda keep: keep.__name__)
+@pytest.mark.parametrize(
+    "keep", [keep_own_dict, keep_the_state, keep_a_state_that_is_new], ids=lambda keep: keep.__name__
+)
 def test_state_that_somebody_keeps_may_be_written_to_at_any_time(keep, trusts):
     mine, plain = pair(trusts=trusts)
     train(mine, plain, 3)
