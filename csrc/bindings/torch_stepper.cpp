@@ -499,8 +499,7 @@ bool TorchStepper::hold(PyObject* tensor, std::vector<Known::Held>& held) const 
   }
   auto alias = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, keys().detach));
   if (!alias) throw py::error_already_set();
-  held.push_back(
-      {py::reinterpret_borrow<py::object>(tensor), std::move(alias), info->data, info->shape});
+  held.push_back({py::reinterpret_borrow<py::object>(tensor), std::move(alias), info->data});
   return true;
 }
 
@@ -544,13 +543,11 @@ bool TorchStepper::see_all(const py::list& groups, const py::list& places, const
       auto seen_value = see(value.ptr());
       auto seen_grad = grad.is_none() ? std::nullopt : see(grad.ptr());
       if (!seen_value || (!grad.is_none() && !seen_grad)) return false;
-      const std::size_t first_held = held.size();
       if (!hold(value.ptr(), held)) return false;
       if (!grad.is_none() && !hold_state(kinds_.at(i), state_of(state.ptr(), value.ptr()), held)) {
         return false;
       }
-      known.back().places.push_back(
-          {std::move(*seen_value), grad, std::move(seen_grad), first_held, held.size()});
+      known.back().places.push_back({std::move(*seen_value), grad, std::move(seen_grad)});
       ++position;
     }
   }
@@ -587,10 +584,6 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
       if (j + kAhead < count) known.places[static_cast<std::size_t>(j + kAhead)].prefetch();
       if (value != place.value.tensor.ptr() || !place.value.is_there(reader_)) return false;
       if (!place.has(grad_of(value), reader_)) return false;
-      for (std::size_t held = place.first_held + 1; held < place.end_of_held; ++held) {
-        if (held + 3 * kAhead < held_.size()) held_[held + 3 * kAhead].prefetch();
-        if (reader_.data(held_[held].tensor.ptr()) != held_[held].data) return false;
-      }
     }
   }
   steps_again_ = true;
@@ -633,14 +626,6 @@ bool TorchStepper::Known::holds_same(PyObject* list) const {
 
 /// Of many parameters every object comes from memory. Addresses may be those of what is gone.
 void TorchStepper::Known::Seen::prefetch() const {
-#if defined(__GNUC__)
-  for (const void* object : {static_cast<const void*>(tensor.ptr()), shape}) {
-    __builtin_prefetch(object);
-  }
-#endif
-}
-
-void TorchStepper::Known::Held::prefetch() const {
 #if defined(__GNUC__)
   for (const void* object : {static_cast<const void*>(tensor.ptr()), shape}) {
     __builtin_prefetch(object);

@@ -46,9 +46,9 @@ class TorchStepper {
                 const pybind11::dict& state);
   void forget();
   /// Whether step() may be called again without another gather(): the groups hold the same
-  /// parameters with settings for the same kernels. `looks_at_all`: and every gradient, value and
-  /// tensor of state is where it was; otherwise the first and the last parameter of each group are
-  /// looked at. That state holds the same tensors is the caller's to know.
+  /// parameters with settings for the same kernels. `looks_at_all`: and every gradient and value is
+  /// where it was; otherwise the first and the last of each group are looked at. That state holds
+  /// the same tensors is the caller's to know; reading their addresses would double the cost.
   bool is_unchanged(const pybind11::list& groups, bool writes_grads, bool looks_at_all);
   /// Parameters whose gradient is not what remember() has seen, or that require none, among those
   /// that have one. None where the groups are others, or nothing is remembered.
@@ -116,15 +116,11 @@ class TorchStepper {
     struct Held {
       pybind11::object tensor, alias;
       const void* data;
-      const void* shape;
-
-      void prefetch() const;
     };
     struct Place {
       Seen value;
       pybind11::object grad;  // or None
       std::optional<Seen> seen_grad;
-      std::size_t first_held, end_of_held;  // the value, then its state
 
       void prefetch() const;
       bool has(const pybind11::object& now, const TensorReader& reader) const;
