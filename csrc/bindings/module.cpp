@@ -270,7 +270,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("writes_grads"))
       .def("add", &TorchStepper::add, py::arg("group"), py::arg("position"), py::arg("value"),
            py::arg("grad"), py::arg("state"), py::arg("fresh"))
-      .def("remember", &TorchStepper::remember, py::arg("groups"), py::arg("places"))
+      .def("remember", &TorchStepper::remember, py::arg("groups"), py::arg("places"),
+           py::arg("state"))
+      .def("forget", &TorchStepper::forget)
+      .def("holds_same", &TorchStepper::holds_same, py::arg("groups"))
       .def("is_unchanged", &TorchStepper::is_unchanged, py::arg("groups"), py::arg("writes_grads"),
            py::arg("looks_at_all"))
       .def("strays", &TorchStepper::strays, py::arg("groups"))

@@ -95,6 +95,16 @@ bool TensorInfo::laid_out_as(const TensorInfo& other) const {
   return true;
 }
 
+TensorInfo TensorInfo::kept() const {
+  TensorInfo copy{data, elements, dtype, is_complex, device, ndim, nullptr, nullptr};
+  copy.owned.reserve(2 * static_cast<std::size_t>(ndim));
+  copy.owned.assign(shape, shape + ndim);
+  copy.owned.insert(copy.owned.end(), strides, strides + ndim);
+  copy.shape = copy.owned.data();
+  copy.strides = copy.shape + ndim;
+  return copy;
+}
+
 TensorReader::TensorReader(const py::object& tensor_type) {
   if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -122,6 +132,28 @@ std::optional<TensorInfo> TensorReader::read_by_exchange(PyObject* tensor) const
     return {};
   }
   return info_of(raw);
+}
+
+bool TensorReader::is_as_it_was(PyObject* tensor, const TensorInfo& before) const {
+  if (api_ == nullptr) {
+    const auto now = read_by_methods(tensor);
+    return now && now->data == before.data && now->dtype == before.dtype &&
+           now->is_complex == before.is_complex && now->laid_out_as(before);
+  }
+  dlpack::Tensor now;
+  if (api_->tensor_from_py_object(tensor, &now) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto type = real_type(now.dtype);
+  if (static_cast<char*>(now.data) + now.byte_offset != before.data || now.ndim != before.ndim ||
+      !type || type->dtype != before.dtype || (type->per_element == 2) != before.is_complex) {
+    return false;
+  }
+  for (int i = 0; i < now.ndim; ++i) {
+    if (now.shape[i] != before.shape[i] || now.strides[i] != before.strides[i]) return false;
+  }
+  return true;
 }
 
 const void* TensorReader::data(PyObject* tensor) const {

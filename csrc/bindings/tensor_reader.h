@@ -34,6 +34,8 @@ struct TensorInfo {
   bool dense() const;
   /// The same shape and, dimensions of extent 1 apart, the same strides, on the same device.
   bool laid_out_as(const TensorInfo& other) const;
+  /// One whose shape and strides are its own.
+  TensorInfo kept() const;
 };
 
 /// Where reading went the last time, to ask for the same memory before it comes to it again. Hints
@@ -106,6 +108,8 @@ class TensorReader {
     Trail& trail_;
   };
 
+  /// Whether a tensor has the same memory as when it was read, of the same kind and layout.
+  bool is_as_it_was(PyObject* tensor, const TensorInfo& before) const;
   /// The address alone, of a tensor that read() takes; null where it cannot be told.
   const void* data(PyObject* tensor) const;
 

@@ -44,6 +44,7 @@ struct Keys {
   PyObject* rounding = PyUnicode_InternFromString("rounding");
   PyObject* seed = PyUnicode_InternFromString("seed");
   PyObject* param_names = PyUnicode_InternFromString("param_names");
+  PyObject* detach = PyUnicode_InternFromString("detach");
 };
 
 const Keys& keys() {
@@ -479,30 +480,83 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
   return true;
 }
 
-bool TorchStepper::remember(const py::list& groups, const py::list& places) {
+std::optional<TorchStepper::Known::Seen> TorchStepper::see(PyObject* tensor) const {
+  const auto info = reader_.read(tensor);
+  if (!info) return {};
+  return Known::Seen{py::reinterpret_borrow<py::object>(tensor), info->kept(), info->shape};
+}
+
+/// Making an alias costs more than all else that is remembered: that of the last time serves again.
+bool TorchStepper::hold(PyObject* tensor, std::vector<Known::Held>& held) const {
+  const auto info = reader_.read(tensor);
+  if (!info) return false;
+  if (held.size() < held_.size()) {
+    const Known::Held& before = held_[held.size()];
+    if (before.tensor.ptr() == tensor && before.data == info->data) {
+      held.push_back(before);
+      return true;
+    }
+  }
+  auto alias = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, keys().detach));
+  if (!alias) throw py::error_already_set();
+  held.push_back({py::reinterpret_borrow<py::object>(tensor), std::move(alias), info->data});
+  return true;
+}
+
+/// What fill_state() has read.
+bool TorchStepper::hold_state(const Group& kind, PyObject* state,
+                              std::vector<Known::Held>& held) const {
+  if (state == nullptr) return true;
+  const auto hold_named = [&](PyObject* name) {
+    PyObject* const tensor = find_item(state, name);
+    return is_none_or_missing(tensor) || hold(tensor, held);
+  };
+  return std::all_of(kind.slot_keys.begin(), kind.slot_keys.end(), hold_named) &&
+         hold_named(keys().master_weight) && (!kind.counts || hold_named(keys().step));
+}
+
+bool TorchStepper::remember(const py::list& groups, const py::list& places, const py::dict& state) {
   known_.clear();
-  if (takes_turns()) return false;
   std::vector<Known> known;
+  std::vector<Known::Held> held;
+  const bool could_see = !takes_turns() && see_all(groups, places, state, known, held);
+  if (!could_see) {
+    forget();
+    return false;
+  }
+  known_ = std::move(known);
+  held_ = std::move(held);
+  return true;
+}
+
+bool TorchStepper::see_all(const py::list& groups, const py::list& places, const py::dict& state,
+                           std::vector<Known>& known, std::vector<Known::Held>& held) const {
   std::size_t position = 0;
-  for (const py::handle group : groups) {
-    Known seen{py::reinterpret_borrow<py::object>(item(group.ptr(), keys().params)), {}};
-    for (const py::handle value : py::reinterpret_borrow<py::list>(seen.params)) {
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const py::object group = groups[i];
+    known.push_back({py::reinterpret_borrow<py::object>(item(group.ptr(), keys().params)), {}});
+    for (const py::handle value : py::reinterpret_borrow<py::list>(known.back().params)) {
       const py::object grad = attribute(value.ptr(), keys().grad);
       if (!grad.is_none() && (position >= places.size() || !grad.is(places[position]))) {
         return false;
       }
-      const auto value_info = reader_.read(value.ptr());
-      const auto grad_info = grad.is_none() ? std::nullopt : reader_.read(grad.ptr());
-      if (!value_info || (!grad.is_none() && !grad_info)) return false;
-      seen.places.push_back({py::reinterpret_borrow<py::object>(value), grad, value_info->data,
-                             grad_info ? grad_info->data : nullptr, value_info->shape,
-                             grad_info ? grad_info->shape : nullptr});
+      auto seen_value = see(value.ptr());
+      auto seen_grad = grad.is_none() ? std::nullopt : see(grad.ptr());
+      if (!seen_value || (!grad.is_none() && !seen_grad)) return false;
+      if (!hold(value.ptr(), held)) return false;
+      if (!grad.is_none() && !hold_state(kinds_.at(i), state_of(state.ptr(), value.ptr()), held)) {
+        return false;
+      }
+      known.back().places.push_back({std::move(*seen_value), grad, std::move(seen_grad)});
       ++position;
     }
-    known.push_back(std::move(seen));
   }
-  known_ = std::move(known);
   return true;
+}
+
+void TorchStepper::forget() {
+  known_.clear();
+  held_.clear();
 }
 
 bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool looks_at_all) {
@@ -528,7 +582,7 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
       PyObject* const value = PyList_GET_ITEM(params, j);
       const Known::Place& place = known.places[static_cast<std::size_t>(j)];
       if (j + kAhead < count) known.places[static_cast<std::size_t>(j + kAhead)].prefetch();
-      if (value != place.value.ptr() || reader_.data(value) != place.value_data) return false;
+      if (value != place.value.tensor.ptr() || !place.value.is_there(reader_)) return false;
       if (!place.has(grad_of(value), reader_)) return false;
     }
   }
@@ -537,20 +591,12 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
 }
 
 py::object TorchStepper::strays(const py::list& groups) const {
-  if (known_.empty() || groups.size() != known_.size()) return py::none();
+  if (!holds_same(groups)) return py::none();
   py::list found;
   AttributeOf grad_of(keys().grad), requires_grad_of(keys().requires_grad);
-  for (std::size_t i = 0; i < known_.size(); ++i) {
-    const Known& known = known_[i];
-    PyObject* const params = item(py::object(groups[i]).ptr(), keys().params);
-    const auto count = static_cast<Py_ssize_t>(known.places.size());
-    if (params != known.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != count) {
-      return py::none();
-    }
-    for (Py_ssize_t j = 0; j < count; ++j) {
-      PyObject* const value = PyList_GET_ITEM(params, j);
-      const Known::Place& place = known.places[static_cast<std::size_t>(j)];
-      if (value != place.value.ptr()) return py::none();
+  for (const Known& known : known_) {
+    for (const Known::Place& place : known.places) {
+      PyObject* const value = place.value.tensor.ptr();
       const py::object grad = grad_of(value);
       if (grad.is_none()) continue;
       if (place.has(grad, reader_) && is_true(requires_grad_of(value).ptr())) continue;
@@ -560,18 +606,44 @@ py::object TorchStepper::strays(const py::list& groups) const {
   return found;
 }
 
+bool TorchStepper::holds_same(const py::list& groups) const {
+  if (known_.empty() || groups.size() != known_.size()) return false;
+  for (std::size_t i = 0; i < known_.size(); ++i) {
+    if (!known_[i].holds_same(item(py::object(groups[i]).ptr(), keys().params))) return false;
+  }
+  return true;
+}
+
+bool TorchStepper::Known::holds_same(PyObject* list) const {
+  const auto count = static_cast<Py_ssize_t>(places.size());
+  if (list != params.ptr() || !PyList_Check(list) || PyList_GET_SIZE(list) != count) return false;
+  for (Py_ssize_t j = 0; j < count; ++j) {
+    const Place& place = places[static_cast<std::size_t>(j)];
+    if (PyList_GET_ITEM(list, j) != place.value.tensor.ptr()) return false;
+  }
+  return true;
+}
+
 /// Of many parameters every object comes from memory. Addresses may be those of what is gone.
-void TorchStepper::Known::Place::prefetch() const {
+void TorchStepper::Known::Seen::prefetch() const {
 #if defined(__GNUC__)
-  for (const void* object : {static_cast<const void*>(value.ptr()), value_shape,
-                             static_cast<const void*>(grad.ptr()), grad_shape}) {
+  for (const void* object : {static_cast<const void*>(tensor.ptr()), shape}) {
     __builtin_prefetch(object);
   }
 #endif
 }
 
+void TorchStepper::Known::Place::prefetch() const {
+  value.prefetch();
+  if (seen_grad) seen_grad->prefetch();
+}
+
+bool TorchStepper::Known::Seen::is_there(const TensorReader& reader) const {
+  return reader.is_as_it_was(tensor.ptr(), info);
+}
+
 bool TorchStepper::Known::Place::has(const py::object& now, const TensorReader& reader) const {
-  return now.is(grad) && (now.is_none() || reader.data(now.ptr()) == grad_data);
+  return now.is(grad) && (!seen_grad || seen_grad->is_there(reader));
 }
 
 bool TorchStepper::can_store_grads() {

@@ -40,15 +40,21 @@ class TorchStepper {
            const pybind11::dict& state, bool fresh);
 
   /// After a step that took everything: whether all gradients are in place, `places` having the
-  /// tensor that each parameter's is to be, or None. Then is_unchanged() may be asked.
-  bool remember(const pybind11::list& groups, const pybind11::list& places);
+  /// tensor that each parameter's is to be, or None. Then is_unchanged() may be asked. What the
+  /// step has found in `state` lives until the next gather(), or forget().
+  bool remember(const pybind11::list& groups, const pybind11::list& places,
+                const pybind11::dict& state);
+  void forget();
   /// Whether step() may be called again without another gather(): the groups hold the same
   /// parameters with settings for the same kernels. `looks_at_all`: and every gradient and value is
-  /// where it was; otherwise the first and the last of each group are looked at.
+  /// where it was; otherwise the first and the last of each group are looked at. That state holds
+  /// the same tensors is the caller's to know; reading their addresses would double the cost.
   bool is_unchanged(const pybind11::list& groups, bool writes_grads, bool looks_at_all);
   /// Parameters whose gradient is not what remember() has seen, or that require none, among those
   /// that have one. None where the groups are others, or nothing is remembered.
   pybind11::object strays(const pybind11::list& groups) const;
+  /// Whether the groups hold the parameters that remember() has seen.
+  bool holds_same(const pybind11::list& groups) const;
 
   /// Of what was taken: see BorrowedOptimizer.
   bool takes_turns() { return optimizer_.takes_turns(tensors_); }
@@ -97,19 +103,40 @@ class TorchStepper {
   };
   /// What remember() has seen of a group.
   struct Known {
-    struct Place {
-      pybind11::object value, grad;
-      const void *value_data, *grad_data;
-      const void *value_shape, *grad_shape;  // within torch's objects, to be prefetched
+    /// A tensor, and how it was.
+    struct Seen {
+      pybind11::object tensor;
+      TensorInfo info;
+      const void* shape;  // within torch's object, to be prefetched
 
       void prefetch() const;
+      bool is_there(const TensorReader& reader) const;
+    };
+    /// A tensor, and where it was. `.data = t` gives it other memory; the alias keeps this.
+    struct Held {
+      pybind11::object tensor, alias;
+      const void* data;
+    };
+    struct Place {
+      Seen value;
+      pybind11::object grad;  // or None
+      std::optional<Seen> seen_grad;
 
+      void prefetch() const;
       bool has(const pybind11::object& now, const TensorReader& reader) const;
     };
     pybind11::object params;  // the list
     std::vector<Place> places;
+
+    bool holds_same(PyObject* list) const;
   };
 
+  std::optional<Known::Seen> see(PyObject* tensor) const;
+  bool see_all(const pybind11::list& groups, const pybind11::list& places,
+               const pybind11::dict& state, std::vector<Known>& known,
+               std::vector<Known::Held>& held) const;
+  bool hold_state(const Group& kind, PyObject* state, std::vector<Known::Held>& held) const;
+  bool hold(PyObject* tensor, std::vector<Known::Held>& held) const;
   detail::BorrowedGroup read_group(PyObject* group) const;
   Group read_kind(PyObject* group, int first) const;
   std::uint64_t noise_seed_of(const Group& kind, int position) const;
@@ -144,6 +171,7 @@ class TorchStepper {
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;
   std::vector<Known> known_;                  // by group; empty: nothing may be skipped
+  std::vector<Known::Held> held_;             // of the last remember()
   bool steps_again_ = false;                  // tensors_ are those of the last step
   std::vector<std::vector<Device>> devices_;  // of tensors_, by group
   bool devices_are_known_ = false;

@@ -52,7 +52,7 @@ def flatten(optimizer: torch.optim.Optimizer, *, trust_gradients: bool = False) 
         raise InvalidArgument(f"flatten: trust_gradients must be True or False, got {trust_gradients!r}")
     if optimizer.flat_buffers:
         raise InvalidArgument("flatten: the optimizer is flat already; groups that are added later are, too")
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _capturing():
         raise InvalidArgument("flatten: not while a CUDA graph is captured: call it before")
     optimizer.__dict__["_flat"] = Flat(optimizer, trust_gradients)
     return optimizer.flat_buffers
@@ -86,9 +86,9 @@ class FlatBuffer:
         self.grads = self._new(grad_dtype, params[0].device, 1) if with_grads else None
 
     def __repr__(self) -> str:
-        slots = "".join(f", {name}" for name in self.slots)
+        arrays = ", ".join(["values", *(["grads"] if self.grads is not None else []), *self.slots])
         about = f"{len(self.params)} parameters of {self.values.dtype} on {self.values.device}"
-        return f"FlatBuffer({about}: values, grads{slots})"
+        return f"FlatBuffer({about}: {arrays})"
 
     def _new(self, dtype, device, position):
         """Zeros; position among the arrays of a loop."""
@@ -107,8 +107,16 @@ class FlatBuffer:
 
     def grad(self, index: int) -> torch.Tensor:
         if self.grads is None:
+            if _capturing():
+                raise InvalidArgument("flat groups: the first gradients of a buffer, while a CUDA graph is captured")
             self.grads = self._new(self._grad_dtype, self.values.device, 1)
-        return self._part(self.grads, index)
+        return self._part(self.grads, index).data  # not a view for autograd: those refuse detach_()
+
+    def is_grad(self, tensor: torch.Tensor, index: int) -> bool:
+        """Whether it is the view of `grads` that `grad` gives."""
+        begin = self.grads.data_ptr() + self.offsets[index] * self.grads.element_size()
+        in_place = tensor.numel() == 0 or tensor.data_ptr() == begin
+        return in_place and (tensor.shape, tensor.stride()) == self._layouts[index] and tensor.dtype == self.grads.dtype
 
     def slot(self, name: str, dtype: torch.dtype, index: int) -> torch.Tensor | None:
         """None where the buffer of this name has another dtype."""
@@ -137,10 +145,16 @@ class Flat:
     def __contains__(self, p: torch.Tensor) -> bool:
         return p in self._places
 
+    def is_used(self) -> bool:
+        """State that somebody has kept knows us longer than the optimizer lives."""
+        return self._optimizer() is not None
+
     # ---- parameters ----------------------------------------------------------------------------
 
     def add(self, groups: list[dict]) -> None:
         """Moves the parameters of these groups that are not flat yet; raises, and changes nothing."""
+        if torch.is_inference_mode_enabled():
+            raise InvalidArgument("flatten: not under torch.inference_mode(), whose tensors autograd refuses")
         parts = [part for index, group in enumerate(groups) for part in self._divided(index, group)]
         _refuse_shared(groups)
         new = [FlatBuffer(*part) for part in parts]
@@ -174,43 +188,74 @@ class Flat:
                 p.data = value
                 self._places[p] = (buffer, index)
 
+    def let_go(self) -> None:
+        """Parameters that have left the groups get gradients of their own."""
+        if self._is_remembered and self._stepper.holds_same(self._optimizer().param_groups):
+            return
+        members = {id(p) for p in self._params()}
+        for p in [p for p in self._places if id(p) not in members]:
+            del self._places[p]
+            place = self._grads.pop(p, None)
+            if place is not None and p.grad is not None:
+                with torch.no_grad():
+                    p.grad = self._apart(p.grad)
+
     # ---- gradients -----------------------------------------------------------------------------
 
     def link_gradients(self) -> None:
         """Copies gradients that are elsewhere to their places. What does not fit there stays where it is."""
+        self.let_go()
+        moves, missing = [], []
         with torch.no_grad():
             for p, (buffer, index) in self._places.items():
                 grad = p.grad
                 if grad is None and not (self.trusts and p.requires_grad):
                     continue
                 place = self._grads.get(p)
-                if place is None:
-                    place = self._grads[p] = buffer.grad(index)
+                if place is None or not buffer.is_grad(place, index):
+                    place = self._grads[p] = buffer.grad(index)  # somebody has set its data, if there was one
                 if grad is None:
-                    p.grad = place.zero_()
-                elif grad is not place and _fits(grad, place):
-                    if grad.data_ptr() != place.data_ptr() or grad.stride() != place.stride():
-                        place.copy_(grad)
-                    p.grad = place
-                elif grad is place and not self._is_at_home(place, buffer, index):
-                    fresh = self._grads[p] = buffer.grad(index)  # somebody has set its data
-                    fresh.copy_(grad)
-                    p.grad = fresh
+                    missing.append((p, place))
+                elif grad is not place:
+                    moves.append((p, place, grad))
+            # Places are written to when nothing is read from them any more.
+            for position, (p, place, grad) in enumerate(moves):
+                if not _is_in(grad, place):
+                    moves[position] = p, place, self._apart(grad)
+            for p, place in missing:
+                p.grad = place.zero_()
+            for p, place, grad in moves:
+                if not _fits(grad, place):
+                    p.grad = grad
+                    continue
+                if not _is_in(grad, place):
+                    place.copy_(grad)
+                p.grad = place
 
-    def _is_at_home(self, place, buffer, index):
-        begin = buffer.grads.data_ptr() + buffer.offsets[index] * buffer.grads.element_size()
-        return place.numel() == 0 or place.data_ptr() == begin
+    def _apart(self, grad):
+        """A copy of a gradient that lies in one of the buffers."""
+        if grad.layout is not torch.strided or not _has_memory(grad):
+            return grad
+        memory = grad.untyped_storage().data_ptr()
+        wholes = (buffer.grads for buffer in self.buffers if buffer.grads is not None)
+        return grad.clone() if any(memory == whole.untyped_storage().data_ptr() for whole in wholes) else grad
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One memset for every buffer; what is not in one is cleared as torch does it."""
+        self.let_go()
         with torch.no_grad():
             for buffer in self.buffers:
                 if buffer.grads is not None:
                     buffer.grads.zero_()
-        if not self.trusts:
-            for p in self._strays():
-                keeps = p.requires_grad and not set_to_none and p.grad.layout is torch.strided
-                p.grad = torch.zeros_like(p.grad, requires_grad=False) if keeps else None
+            for p in [] if self.trusts else self._strays():
+                if set_to_none:
+                    p.grad = None
+                    continue
+                if p.grad.grad_fn is not None:
+                    p.grad.detach_()
+                else:
+                    p.grad.requires_grad_(False)
+                p.grad.zero_()
 
     def _strays(self):
         """Parameters with a gradient that is not in its place, or that require none: a step does not ask for that."""
@@ -225,6 +270,7 @@ class Flat:
         """Moves state that exists to buffers made for it: who holds the tensors of before keeps them."""
         optimizer = self._optimizer()
         self.forget()
+        self._stepper.forget()  # which holds the memory of before
         self._handed_out.clear()
         for buffer in self.buffers:
             buffer.slots = {}
@@ -237,6 +283,12 @@ class Flat:
                         if place is not None:
                             own[name] = place.copy_(value)
         optimizer.state = _States(optimizer.state, self)
+
+    def watched(self, state: dict) -> _State:
+        """A copy that says when it changes."""
+        own = _State(state)
+        own.watcher = self
+        return own
 
     def new_slot(self, p: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Zeros for state that a parameter has not had yet, or None."""
@@ -272,10 +324,12 @@ class Flat:
     def remember(self) -> None:
         """After such a step."""
         optimizer = self._optimizer()
-        if type(optimizer.state) is not _States:
+        if type(optimizer.state) is not _States or optimizer.state.watcher is not self:
             optimizer.state = _States(optimizer.state, self)
         self._freezings = freezing.changes()
-        self._is_remembered = self._stepper.remember(optimizer.param_groups, self._expected())
+        self._is_remembered = optimizer.state.are_watched() and self._stepper.remember(
+            optimizer.param_groups, self._expected(), optimizer.state
+        )
 
     @property
     def _stepper(self):
@@ -288,11 +342,17 @@ class Flat:
         return [self._grads.get(p) for p in self._params()]
 
 
+def _capturing():
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 # ---- what can be flat ------------------------------------------------------------------------------
 
 
 def _why_not(p):
     """Why a parameter cannot be moved; None if it can."""
+    if torch.nn.parameter.is_lazy(p):
+        return "it is not initialized yet: make a forward pass first"
     if is_dtensor(p):
         return "not for DTensors, of which other ranks have parts"
     if p.device.type not in ("cpu", "cuda"):
@@ -313,7 +373,10 @@ def _why_not(p):
 def _is_flat_elsewhere(p):
     """An optimizer that nobody has any more may live on in a cycle, as schedules make them."""
     for collects in (True, False):
-        if not any(p in flat for flat in _flattened):
+        used = [flat for flat in _flattened if flat.is_used()]
+        for flat in used:
+            flat.let_go()
+        if not any(p in flat for flat in used):
             return False
         if collects:
             gc.collect()
@@ -367,6 +430,10 @@ def _fits(tensor, place, any_dtype=False):
     )
 
 
+def _is_in(grad, place):
+    return _fits(grad, place) and grad.data_ptr() == place.data_ptr() and grad.stride() == place.stride()
+
+
 def _is_stray(p, place):
     return p.grad is not None and (p.grad is not place or not p.requires_grad)
 
@@ -406,20 +473,32 @@ class _States(collections.defaultdict):
         super().__init__(dict)
         self.watcher = watcher
         for p, own in states.items():
-            self[p] = own
+            self[p] = watcher.watched(own) if isinstance(own, dict) else own
+
+    def are_watched(self):
+        """Whether all say when they change: not a dict that somebody has put here, and may go on writing to."""
+        return all(type(own) is _State and own.watcher is self.watcher for own in self.values())
 
     def __reduce__(self):
         return collections.defaultdict, (dict, dict(self))
 
+    def copy(self):
+        return collections.defaultdict(dict, self)
+
+    __copy__ = copy
+
+    def __or__(self, other):
+        return self.copy() | other if isinstance(other, dict) else NotImplemented
+
+    def __ror__(self, other):
+        return collections.defaultdict(dict, {**other, **self}) if isinstance(other, dict) else NotImplemented
+
     def __setitem__(self, p, own):
-        if isinstance(own, dict):
-            own = _State(own)
-            own.watcher = self.watcher
         super().__setitem__(p, own)
         self.watcher.forget()
 
     def __missing__(self, p):
-        self[p] = {}
+        self[p] = self.watcher.watched({})
         return self[p]
 
     def update(self, *args, **kwargs):

@@ -276,7 +276,9 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 return self._skip(norm)
         left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
         for index, position, p in unready:
-            group, state = self.param_groups[index], self.state.get(p, {})
+            group, state = self.param_groups[index], self.state.get(p)
+            if state is None:
+                state = {} if self._flat is None else self._flat.watched({})
             if why[p] is None:
                 if _complete(state, self._names_of_state(p, group), p, group, self._flat):
                     fresh.add(p)

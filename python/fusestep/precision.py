@@ -87,7 +87,8 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         raise InvalidArgument(f"{where}: {', '.join(given(options))}: not with differentiable=True, torch's own step")
     names = group.get("param_names", ())
     for index, p in enumerate(group["params"]):
-        name = f"'{names[index]}'" if index < len(names) else f"{index} of shape {shape_text(p.shape)}"
+        shape = "" if torch.nn.parameter.is_lazy(p) else f" of shape {shape_text(p.shape)}"
+        name = f"'{names[index]}'" if index < len(names) else f"{index}{shape}"
         _check_parameter(p, options, f"{where}, parameter {name} of {p.dtype}")
 
 

@@ -236,6 +236,53 @@ def test_a_gradient_that_was_replaced_is_noticed(how, which):
     assert_in_place(mine)
 
 
+def exchange(optimizer):
+    first, second, *_ = params_of(optimizer)
+    first.grad, second.grad = second.grad, first.grad
+
+
+def hand_down(optimizer):
+    first, second, *_ = params_of(optimizer)
+    old, first.grad = first.grad, torch.full_like(first, 0.5)
+    second.grad = old
+
+
+def rotate(optimizer):
+    first, second, third = params_of(optimizer)
+    first.grad, second.grad, third.grad = second.grad, third.grad, first.grad
+
+
+def exchange_data(optimizer):
+    first, second, *_ = (p.grad for p in params_of(optimizer))
+    first.data, second.data = second.data, first.data
+
+
+def share(optimizer):
+    first, second, third = params_of(optimizer)
+    first.grad = second.grad = third.grad
+
+
+def give_and_drop(optimizer):
+    first, second, _ = params_of(optimizer)
+    first.grad, second.grad = second.grad, None
+
+
+EXCHANGES = [exchange, hand_down, rotate, exchange_data, share, give_and_drop]
+
+
+@pytest.mark.parametrize("how", EXCHANGES, ids=lambda how: how.__name__)
+def test_gradients_that_change_places(how):
+    mine, plain = pair("SGD", shapes=((4,), (4,), (4,)))
+    for index in range(4):
+        give_grads(mine, plain, index)
+        for optimizer in (mine, plain):
+            if index == 3:
+                how(optimizer)
+            optimizer.step()
+    assert_same(mine, plain)
+    assert_in_place(mine)
+
+
 def test_a_gradient_of_another_dtype_stays_where_it_is():
     mine, plain = pair("Adam", dtype=torch.bfloat16)
     for p, q in zip(params_of(mine), params_of(plain), strict=True):
@@ -507,6 +554,181 @@ def test_state_that_was_removed_stays_what_it_was():
     assert_same(mine, plain)
 
 
+# ---- memory that somebody else gives to tensors ----------------------------------------------------
+
+
+def set_step_data(optimizer):
+    optimizer.state[params_of(optimizer)[1]]["step"].data = torch.tensor(100.0)
+
+
+def set_slot_data(optimizer):
+    slot = optimizer.state[params_of(optimizer)[1]]["exp_avg"]
+    slot.data = slot.data * 2
+
+
+def set_slot_storage(optimizer):
+    slot = optimizer.state[params_of(optimizer)[1]]["exp_avg_sq"]
+    slot.set_(slot * 2)
+
+
+def transpose_value(optimizer):
+    p = params_of(optimizer)[0]
+    p.data = p.data.t()
+
+
+def transpose_grad_data(optimizer):
+    p = params_of(optimizer)[0]
+    p.grad.data = p.grad.data.t()
+
+
+def transpose_grad(optimizer):
+    params_of(optimizer)[0].grad.t_()
+
+
+def narrow(optimizer):
+    p = params_of(optimizer)[0]
+    narrow.full = [*getattr(narrow, "full", []), p.data]
+    p.data = p.data[:2]
+    p.grad.data = p.grad.data[:2]
+    for name, slot in optimizer.state[p].items():
+        if name != "step":
+            slot.data = slot.data[:2]
+
+
+MEMORY = [transpose_value, transpose_grad_data, transpose_grad, narrow]
+
+
+def step_among_allocations(mine, plain, steps):
+    kept = []
+    for index in range(steps):
+        for p, q in zip(params_of(mine), params_of(plain), strict=True):
+            q.grad.copy_(torch.sin(q.grad + index))
+            p.grad.copy_(q.grad)
+        kept += [torch.full((), float(n), device=device.DEFAULT) for n in range(50)]
+        mine.step(), plain.step()
+
+
+@pytest.mark.parametrize("change", MEMORY, ids=lambda change: change.__name__)
+def test_tensors_with_other_memory_or_another_layout_are_noticed(change):
+    narrow.full = []
+    mine, plain = pair(shapes=((4, 4), (5,), (6,)))
+    train(mine, plain, 3)
+    for optimizer in (mine, plain):
+        change(optimizer)
+    step_among_allocations(mine, plain, 10)
+    assert_same(mine, plain)
+    if narrow.full:
+        assert torch.equal(*narrow.full)
+
+
+@TRUSTS
+@pytest.mark.parametrize("change", [set_step_data, set_slot_data, set_slot_storage], ids=lambda change: change.__name__)
+def test_memory_that_steps_still_write_to_is_kept(change, trusts):
+    mine, plain = pair(shapes=((4, 4), (5,), (6,)), trusts=trusts)
+    train(mine, plain, 3)
+    before = support.twins([p.detach() for p in params_of(plain)])
+    change(mine)
+    step_among_allocations(mine, plain, 10)  # as if nothing had been changed
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(before[0], params_of(plain)[0])
+
+
+def keep_own_dict(optimizer):
+    p = params_of(optimizer)[1]
+    own = dict(optimizer.state[p])
+    optimizer.state[p] = own
+    return lambda: own.update(step=torch.tensor(30.0), exp_avg=own["exp_avg"] * 2)
+
+
+def keep_the_state(optimizer):
+    p = params_of(optimizer)[1]
+    own = optimizer.state[p]
+    optimizer.state[p] = own
+    return lambda: own.update(step=torch.tensor(30.0), exp_avg=own["exp_avg"] * 2)
+
+
+def keep_a_state_that_is_new(optimizer):
+    p = params_of(optimizer)[1]
+    del optimizer.state[p]
+    own = optimizer.state[p]
+    return lambda: own.update(step=torch.tensor(30.0))
+
+
+@TRUSTS
+@pytest.mark.parametrize(
+    "keep", [keep_own_dict, keep_the_state, keep_a_state_that_is_new], ids=lambda keep: keep.__name__
+)
+def test_state_that_somebody_keeps_may_be_written_to_at_any_time(keep, trusts):
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    change_mine, change_plain = keep(mine), keep(plain)
+    train(mine, plain, 3, first=3)
+    change_mine(), change_plain()
+    train(mine, plain, 2, first=6)
+    assert_same(mine, plain)
+
+
+def test_states_are_copied_as_dicts_are():
+    mine, plain = pair()
+    train(mine, plain, 3)
+    first, *_ = params_of(mine)
+    other = {first: {"a": 1}, "b": {}}
+    for copied in (mine.state.copy(), copy.copy(mine.state), mine.state | {}, {} | mine.state):
+        assert type(copied) is collections.defaultdict and copied.default_factory is dict
+        assert list(copied) == list(mine.state) and copied[first] is mine.state[first]
+    assert (mine.state | other)[first] == {"a": 1} and "b" in (mine.state | other)
+    assert (other | mine.state)[first] is mine.state[first] and "b" in (other | mine.state)
+    train(mine, plain, 2, first=3)
+    assert_same(mine, plain)
+
+
+@TRUSTS
+@pytest.mark.parametrize("stepped", [False, True])
+def test_parameters_that_have_left_have_gradients_of_their_own(trusts, stepped):
+    mine, plain = pair(trusts=trusts)
+    train(mine, plain, 3)
+    left = [optimizer.param_groups[0]["params"].pop(0) for optimizer in (mine, plain)]
+    others = [make("SGD", [p]) for p in left]
+    if stepped:
+        mine.step(), plain.step()
+        flatten(others[0])
+    for p in left:
+        p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1.0)
+    mine.zero_grad(), plain.zero_grad(set_to_none=False)
+    for optimizer in (mine, plain, *others):
+        optimizer.step()
+    assert left[0].grad.eq(1).all()
+    assert_same(mine, plain), assert_same(*others)
+
+
+@pytest.mark.parametrize("how", ["frozen", "stray", "stray and frozen"])
+def test_zero_grad_with_zeros_keeps_gradients(how):
+    mine, plain = pair("SGD")
+    train(mine, plain, 3)
+    kept = []
+    for optimizer in (mine, plain):
+        p = params_of(optimizer)[1]
+        p.grad = p.grad if how == "frozen" else torch.ones_like(p)
+        kept.append(p.grad)
+        p.requires_grad_(how == "stray")
+        optimizer.zero_grad(set_to_none=False)
+        assert p.grad is kept[-1] and not p.grad.any()
+    for _ in range(3):
+        mine.step(), plain.step()
+    assert_same(mine, plain)
+
+
+def test_gradients_can_be_detached_in_place():
+    mine, plain = pair()
+    for index in range(3):
+        train(mine, plain, 1, first=index)
+        for p in params_of(mine):
+            p.grad.detach_().zero_()
+    assert_in_place(mine)
+    assert not mine.flat_buffers[0].grads.any()
+
+
 # ---- freezing -----------------------------------------------------------------------------------
 
 
@@ -697,6 +919,7 @@ REFUSED = {
     "only on cpu and cuda, got meta": lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
     "it is in the buffer of another optimizer": of_another_optimizer,
     "memory shared with other processes": shared_between_processes,
+    "not initialized yet": lambda: [torch.nn.parameter.UninitializedParameter()],
     "sparse": lambda: [torch.nn.Parameter(torch.ones(3).to_sparse())],
 }
 
@@ -705,11 +928,12 @@ REFUSED = {
 def test_refused(message):
     parameters = REFUSED[message]()
     optimizer = fusestep.optim.SGD(parameters, lr=0.1)
-    addresses = [p.data_ptr() for p in parameters if p.layout is torch.strided]
+    strided = [p for p in parameters if p.layout is torch.strided and not torch.nn.parameter.is_lazy(p)]
+    addresses = [p.data_ptr() for p in strided]
     with pytest.raises(fusestep.InvalidArgument, match=message):
         flatten(optimizer)
     assert optimizer.flat_buffers == []
-    assert addresses == [p.data_ptr() for p in parameters if p.layout is torch.strided]
+    assert addresses == [p.data_ptr() for p in strided]
 
 
 def test_refused_optimizers():
@@ -732,6 +956,43 @@ def test_an_optimizer_that_is_gone_holds_nothing():
         optimizer = fusestep.optim.SGD([p], lr=0.1)
         torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which makes a cycle
         flatten(optimizer)
+
+
+def test_state_that_was_kept_does_not_hold_its_optimizer():
+    p = one(3)
+    optimizer = fusestep.optim.Adam([p])
+    flatten(optimizer)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = dict(optimizer.state)
+    del optimizer
+    flatten(fusestep.optim.Adam([p]))
+    saved[p]["step"] = torch.tensor(1.0)
+
+
+def test_refused_in_inference_mode():
+    p, q = one(3), one(4)
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    with torch.inference_mode(), pytest.raises(fusestep.InvalidArgument, match="inference_mode"):
+        flatten(optimizer)
+    assert optimizer.flat_buffers == []
+    flatten(optimizer)
+    with torch.inference_mode(), pytest.raises(fusestep.InvalidArgument, match="inference_mode"):
+        optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 1
+    p.square().sum().backward()
+
+
+def test_no_buffer_of_gradients_is_made_within_a_capture(monkeypatch):
+    p = one(3).requires_grad_(False)
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    (buffer,) = flatten(optimizer)
+    assert "values)" in repr(buffer)
+    monkeypatch.setattr(fusestep.flat, "_capturing", lambda: True)
+    with pytest.raises(fusestep.InvalidArgument, match="while a CUDA graph is captured"):
+        buffer.grad(0)
+    monkeypatch.undo()
+    assert buffer.grad(0).shape == (3,) and "values, grads)" in repr(buffer)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
