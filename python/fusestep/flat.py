@@ -343,6 +343,7 @@ class Flat:
 
 
 def _capturing():
+    """Whether the current stream is captured into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

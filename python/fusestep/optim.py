@@ -21,7 +21,7 @@ from . import _core, precision
 from ._core import InvalidArgument
 from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
-from .flat import FlatBuffer, flatten, plain_state
+from .flat import FlatBuffer, _capturing, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
 from .gradients import CommonNorm, check_limit, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
@@ -478,11 +478,6 @@ def _zero(grads):
     if version is not None and grads[0]._version == version:
         for grad in grads:
             torch.autograd.graph.increment_version(grad)
-
-
-def _capturing():
-    """Whether the current stream is captured into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_capturable(optimizer):
