@@ -27,6 +27,7 @@ add_library(fusestep
   csrc/cpu/backend_cpu.cpp
   csrc/cpu/instruction_set.cpp
   csrc/cpu/thread_pool.cpp
+  csrc/cpu/zeroed_memory.cpp
   csrc/files/atomic_file.cpp
   csrc/files/crc32c.cpp
   csrc/files/file_descriptor.cpp

@@ -3,11 +3,13 @@
 //
 // Saving and loading, through the file layer (write, read) and of an optimizer's state (save_state,
 // load_state: into an optimizer that has none yet), beside what the disk does in the same run:
-// sequential writes of one buffer followed by one fsync, and sequential reads, of as many bytes.
-// They alternate; of_plain is the median of the ratios of pairs. Before every read the file is
-// dropped from the page cache as far as a program may do that for a file of its own
-// (posix_fadvise). What load_state is compared with reads into new memory as well: on a virtual
-// machine its first touch may cost more than the disk.
+// sequential writes of one buffer followed by one fsync, and sequential reads of the same file:
+// another file may lie elsewhere, or in the cache of a virtual machine's host. They alternate;
+// of_plain is the median of the ratios of pairs. Before every read the file is dropped from the
+// page cache as far as a program may do that for a file of its own (posix_fadvise). What load_state
+// is compared with reads into new memory as well. A virtual machine may have to ask its host for
+// every page it has not used lately, which can cost more than the disk: before each run as much
+// memory as it needs is touched and given back.
 //
 //   bench_files [--gigabytes=1] [--repeats=5] [--directory=beside the program]
 //               [Google Benchmark's own options]
@@ -19,10 +21,11 @@
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
-#include <memory>
+#include <new>
 #include <span>
 #include <system_error>
 
+#include "cpu/zeroed_memory.h"
 #include "files/crc32c.h"
 #include "files/safetensors.h"
 #include "fusestep/fusestep.h"
@@ -72,6 +75,28 @@ void drop_from_cache(const std::filesystem::path& file) {
 #else
   static_cast<void>(file);
 #endif
+}
+
+/// Memory as the library takes it for state.
+class NewMemory {
+ public:
+  explicit NewMemory(std::size_t bytes) : bytes_(bytes), data_(detail::allocate_zeroed(bytes)) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~NewMemory() { detail::deallocate_zeroed(data_, bytes_); }
+  NewMemory(const NewMemory&) = delete;
+  NewMemory& operator=(const NewMemory&) = delete;
+  std::span<char> bytes() const { return {static_cast<char*>(data_), bytes_}; }
+
+ private:
+  std::size_t bytes_;
+  void* data_;
+};
+
+/// For the file's pages in the cache and for what is read from them.
+void touch_memory(std::size_t bytes) {
+  const NewMemory memory(bytes);
+  for (std::size_t i = 0; i < bytes; i += 4096) memory.bytes()[i] = 1;
 }
 
 void write_plain(const std::filesystem::path& file, int tensors) {
@@ -197,18 +222,19 @@ void write_benchmark(benchmark::State& state, const std::filesystem::path& direc
 
 void read_benchmark(benchmark::State& state, const std::filesystem::path& directory, int tensors,
                     int repeats, bool cached) {
-  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
-  write_plain(plain.path, tensors);
-  save(ours.path, tensors);
+  const File file{directory / "bench_files.safetensors"};
+  save(file.path, tensors);
   std::vector<char> into(kTensorBytes);
-  const auto measure = [&](const File& file, const auto& read) {
+  const std::size_t bytes = kTensorBytes * static_cast<std::size_t>(tensors);
+  const auto measure = [&](const auto& read) {
     if (!cached) drop_from_cache(file.path);
+    touch_memory(2 * bytes);
     return seconds([&] { read(file.path, into); });
   };
   for (auto _ : state) {
     compare(
-        state, repeats, static_cast<double>(kTensorBytes) * tensors,
-        [&] { return measure(ours, load); }, [&] { return measure(plain, read_plain); });
+        state, repeats, static_cast<double>(kTensorBytes) * tensors, [&] { return measure(load); },
+        [&] { return measure(read_plain); });
   }
 }
 
@@ -231,22 +257,22 @@ void save_state_benchmark(benchmark::State& state, const std::filesystem::path& 
 
 void load_state_benchmark(benchmark::State& state, const std::filesystem::path& directory,
                           int tensors, int repeats, bool cached) {
-  const File ours{directory / "bench_files.safetensors"}, plain{directory / "bench_files.plain"};
-  write_plain(plain.path, tensors);
+  const File file{directory / "bench_files.safetensors"};
   Training training(tensors);
-  training.stepped().save(ours.path);
-  const auto measure = [&](const File& file, const auto& read) {
+  training.stepped().save(file.path);
+  const std::size_t bytes = kTensorBytes * static_cast<std::size_t>(tensors);
+  const auto measure = [&](const auto& read) {
     if (!cached) drop_from_cache(file.path);
+    touch_memory(2 * bytes);
     return seconds([&] { read(file.path); });
   };
   const auto load_state = [&] {
     Optimizer optimizer = training.optimizer();
-    return measure(ours, [&](const auto& path) { optimizer.load(path); });
+    return measure([&](const auto& path) { optimizer.load(path); });
   };
-  const std::size_t bytes = kTensorBytes * static_cast<std::size_t>(tensors);
   const auto read_into_new_memory = [&] {
-    const std::unique_ptr<char[]> memory(new char[bytes]);
-    return measure(plain, [&](const auto& path) { read_plain(path, {memory.get(), bytes}); });
+    const NewMemory memory(bytes);
+    return measure([&](const auto& path) { read_plain(path, memory.bytes()); });
   };
   for (auto _ : state) {
     compare(state, repeats, static_cast<double>(kTensorBytes) * tensors, load_state,

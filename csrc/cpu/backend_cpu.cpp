@@ -2,13 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A step on the CPU: decide, prepare, then the chunks of every bucket on all threads.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "fp_environment.h"
@@ -18,16 +13,10 @@
 #include "kernels.h"
 #include "thread_pool.h"
 #include "tuning.h"
+#include "zeroed_memory.h"
 
 namespace fusestep::detail {
 namespace {
-
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
-/// Of state: large arenas are on huge pages where the system has them on demand.
-std::align_val_t alignment_of(std::size_t bytes) {
-  return std::align_val_t{bytes < 4 * kHugePage ? std::size_t{64} : kHugePage};
-}
 
 class CpuBackend final : public Backend {
  public:
@@ -35,18 +24,12 @@ class CpuBackend final : public Backend {
   int vector_width(int) const override { return 1; }
 
   void* allocate(std::size_t bytes, void*) override {
-    void* data = ::operator new(bytes, alignment_of(bytes), std::nothrow);
-    if (data == nullptr) {
-      throw OutOfMemory("no memory for " + std::to_string(bytes) + " bytes of state on cpu");
-    }
-#if defined(__linux__)
-    if (bytes >= 4 * kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a refusal changes nothing
-#endif
-    std::memset(data, 0, bytes);
-    return data;
+    void* data = allocate_zeroed(bytes);
+    if (data != nullptr) return data;
+    throw OutOfMemory("no memory for " + std::to_string(bytes) + " bytes of state on cpu");
   }
   void deallocate(void* data, std::size_t bytes, void*) noexcept override {
-    ::operator delete(data, alignment_of(bytes));
+    deallocate_zeroed(data, bytes);
   }
 
   void stage(const Tables& tables, void*) override {

@@ -6,6 +6,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/zeroed_memory.h"
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/norm.h"
 #include "fusestep/detail/rule_list.h"
@@ -255,6 +259,23 @@ TEST(Overlap, OfRanges) {
     EXPECT_TRUE(find_overlap(two, {other}, found)) << static_cast<const void*>(other.begin);
     EXPECT_TRUE(find_overlap({other}, two, found)) << static_cast<const void*>(other.begin);
   }
+}
+
+/// On both sides of the size from which pages are mapped.
+TEST(ZeroedMemory, IsZeroAndAlignedEachTime) {
+  constexpr std::size_t mib = std::size_t{1} << 20;
+  for (const std::size_t bytes : {std::size_t{1}, 64 * 5 + 1, 8 * mib - 1, 8 * mib, 9 * mib + 3}) {
+    for (int again = 0; again < 2; ++again) {
+      void* const data = allocate_zeroed(bytes);
+      ASSERT_NE(data, nullptr);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(data) % 64, 0u);
+      auto* const begin = static_cast<char*>(data);
+      EXPECT_EQ(std::count(begin, begin + bytes, '\0'), static_cast<std::ptrdiff_t>(bytes));
+      std::fill(begin, begin + bytes, '\1');
+      deallocate_zeroed(data, bytes);
+    }
+  }
+  EXPECT_EQ(allocate_zeroed(std::size_t{1} << 60), nullptr);
 }
 
 }  // namespace
