@@ -71,48 +71,6 @@ constexpr Py_ssize_t kAhead = 8;
 
 bool is_none_or_missing(PyObject* object) { return object == nullptr || object == Py_None; }
 
-bool says_yes(PyObject* tensor, PyObject* question) {
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, question));
-  if (!answer) throw py::error_already_set();
-  return answer.ptr() == Py_True;
-}
-
-py::object attribute(PyObject* owner, PyObject* name) {
-  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner, name));
-  if (!value) throw py::error_already_set();
-  return value;
-}
-
-/// Reads one attribute of many objects. Where that is a getter in C of the type, as torch's are, it
-/// is looked up once.
-class AttributeOf {
- public:
-  explicit AttributeOf(PyObject* name) : name_(name) {}
-  py::object operator()(PyObject* owner) {
-    if (Py_TYPE(owner) != type_) find_getter(Py_TYPE(owner));
-    if (getter_ == nullptr) return attribute(owner, name_);
-    auto value = py::reinterpret_steal<py::object>(getter_->get(owner, getter_->closure));
-    if (!value) throw py::error_already_set();
-    return value;
-  }
-
- private:
-  void find_getter(PyTypeObject* type) {
-    type_ = type;
-    getter_ = nullptr;
-    descriptor_ = attribute(reinterpret_cast<PyObject*>(type), name_);
-    const bool is_plain = type->tp_getattro == PyObject_GenericGetAttr;
-    if (!is_plain || !Py_IS_TYPE(descriptor_.ptr(), &PyGetSetDescr_Type)) return;
-    getter_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
-  }
-
-  PyObject* name_;
-  PyTypeObject* type_ = nullptr;
-  py::object descriptor_;
-  PyGetSetDef* getter_ = nullptr;
-};
-
 bool equal_in(const py::object& a, const py::object& b, PyObject* name) {
   const py::object first = attribute(a.ptr(), name), second = attribute(b.ptr(), name);
   const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
@@ -158,7 +116,10 @@ std::vector<detail::BorrowedOptimizer>& left_in_captures() {
 }  // namespace
 
 TorchStepper::TorchStepper(std::string rule, const py::object& tensor_type)
-    : rule_(std::move(rule)), reader_(tensor_type) {}
+    : rule_(std::move(rule)),
+      reader_(tensor_type),
+      is_neg_(keys().is_neg),
+      is_conj_(keys().is_conj) {}
 
 /// Whose steps are in graphs has to wait for the device, at which a capture under way is lost; and
 /// the garbage collector asks nobody when it may come.
@@ -274,8 +235,8 @@ std::uint64_t TorchStepper::noise_seed_of(const Group& kind, int position) const
 }
 
 /// Memory that stands for its negative or conjugate.
-bool TorchStepper::is_lazily_changed(PyObject* tensor, const TensorInfo& info) const {
-  return says_yes(tensor, keys().is_neg) || (info.is_complex && says_yes(tensor, keys().is_conj));
+bool TorchStepper::is_lazily_changed(PyObject* tensor, const TensorInfo& info) {
+  return is_neg_(tensor) || (info.is_complex && is_conj_(tensor));
 }
 
 bool TorchStepper::is_dtensor(PyObject* tensor) const {
@@ -421,6 +382,7 @@ void TorchStepper::take_settings(const py::object& group) {
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
                               const py::object& dtensor, bool writes_grads) {
   const TensorReader::Pass pass(reader_);
+  AttributeOf grad_of(keys().grad);
   dtensor_ = dtensor;
   writes_grads_ = writes_grads;
   groups_.clear();
@@ -446,7 +408,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
     if (!params) throw py::error_already_set();
     for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j, ++position) {
       PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
-      const py::object grad = attribute(value, keys().grad);
+      const py::object grad = grad_of(value);
       if (grad.is_none()) {
         rest(static_cast<std::int32_t>(i), value);
         continue;

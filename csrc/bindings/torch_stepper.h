@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "borrowed.h"
+#include "found_in_type.h"
 #include "tensor_reader.h"
 
 namespace fusestep::bindings {
@@ -148,7 +149,7 @@ class TorchStepper {
             detail::BorrowedTensor& tensor);
   bool fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
                   PyObject* state, detail::BorrowedTensor& tensor);
-  bool is_lazily_changed(PyObject* tensor, const TensorInfo& info) const;
+  bool is_lazily_changed(PyObject* tensor, const TensorInfo& info);
   void take_settings(const pybind11::object& group);
   void rest(std::int32_t group, PyObject* value);
   void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
@@ -162,6 +163,7 @@ class TorchStepper {
 
   std::string rule_;
   TensorReader reader_;
+  AnswerOf is_neg_, is_conj_;
   detail::BorrowedOptimizer optimizer_;
   std::vector<Group> kinds_;
   std::vector<detail::BorrowedGroup> groups_;

@@ -1,0 +1,79 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attributes and methods of many objects of one type, looked up once.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fusestep::bindings {
+
+inline pybind11::object attribute(PyObject* owner, PyObject* name) {
+  auto value = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(owner, name));
+  if (!value) throw pybind11::error_already_set();
+  return value;
+}
+
+/// What a name means for the objects of a type. `Descriptor` is the struct of `DescriptorType`:
+/// Python's own for what is written in C, as torch's is.
+template <typename Descriptor, PyTypeObject& DescriptorType>
+class FoundInType {
+ public:
+  /// `name` is kept by the caller.
+  explicit FoundInType(PyObject* name) : name_(name) {}
+  PyObject* name() const { return name_; }
+  /// Null where the type has something else by that name, or its own way to look it up.
+  const Descriptor* of(PyTypeObject* type) {
+    if (reinterpret_cast<PyObject*>(type) != type_.ptr()) find(type);
+    return found_;
+  }
+
+ private:
+  void find(PyTypeObject* type) {
+    type_ = pybind11::reinterpret_borrow<pybind11::object>(reinterpret_cast<PyObject*>(type));
+    object_ = attribute(type_.ptr(), name_);
+    const bool is_it =
+        type->tp_getattro == PyObject_GenericGetAttr && Py_IS_TYPE(object_.ptr(), &DescriptorType);
+    found_ = is_it ? reinterpret_cast<const Descriptor*>(object_.ptr()) : nullptr;
+  }
+
+  PyObject* name_;
+  pybind11::object type_, object_;
+  const Descriptor* found_ = nullptr;
+};
+
+class AttributeOf {
+ public:
+  explicit AttributeOf(PyObject* name) : getter_(name) {}
+  pybind11::object operator()(PyObject* owner) {
+    const PyGetSetDescrObject* const getter = getter_.of(Py_TYPE(owner));
+    if (getter == nullptr) return attribute(owner, getter_.name());
+    auto value = pybind11::reinterpret_steal<pybind11::object>(
+        getter->d_getset->get(owner, getter->d_getset->closure));
+    if (!value) throw pybind11::error_already_set();
+    return value;
+  }
+
+ private:
+  FoundInType<PyGetSetDescrObject, PyGetSetDescr_Type> getter_;
+};
+
+/// Of a method without arguments: whether it returns True.
+class AnswerOf {
+ public:
+  explicit AnswerOf(PyObject* name) : method_(name) {}
+  bool operator()(PyObject* owner) {
+    const PyMethodDescrObject* const method = method_.of(Py_TYPE(owner));
+    const bool is_direct = method != nullptr && method->d_method->ml_flags == METH_NOARGS;
+    const auto answer = pybind11::reinterpret_steal<pybind11::object>(
+        is_direct ? method->d_method->ml_meth(owner, nullptr)
+                  : PyObject_CallMethodNoArgs(owner, method_.name()));
+    if (!answer) throw pybind11::error_already_set();
+    return answer.ptr() == Py_True;
+  }
+
+ private:
+  FoundInType<PyMethodDescrObject, PyMethodDescr_Type> method_;
+};
+
+}  // namespace fusestep::bindings
