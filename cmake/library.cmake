@@ -26,6 +26,7 @@ add_library(fusestep
   csrc/validate.cpp
   csrc/cpu/backend_cpu.cpp
   csrc/cpu/instruction_set.cpp
+  csrc/cpu/parallel_for.cpp
   csrc/cpu/thread_pool.cpp
   csrc/cpu/zeroed_memory.cpp
   csrc/files/atomic_file.cpp

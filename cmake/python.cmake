@@ -10,6 +10,7 @@ function(fusestep_add_extension target library)
     csrc/bindings/state_files.cpp
     csrc/bindings/tensor_reader.cpp
     csrc/bindings/torch_stepper.cpp
+    csrc/bindings/torch_threads.cpp
     ${ARGN})
   set_target_properties(${target} PROPERTIES OUTPUT_NAME _core)
   target_include_directories(${target} PRIVATE csrc csrc/bindings)
@@ -18,7 +19,7 @@ function(fusestep_add_extension target library)
   target_compile_definitions(${target} PRIVATE
     FUSESTEP_VERSION="${PROJECT_VERSION}"
     FUSESTEP_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
-  target_link_libraries(${target} PRIVATE ${library})
+  target_link_libraries(${target} PRIVATE ${library} ${CMAKE_DL_LIBS})
 endfunction()
 
 if(FUSESTEP_BUILD_PYTHON)

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <random>
 
-#include "cpu/thread_pool.h"
+#include "cpu/parallel_for.h"
 #include "options.h"
 #include "workload.h"
 

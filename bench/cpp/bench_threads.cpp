@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/thread_pool.h"
+#include "cpu/parallel_for.h"
 
 namespace {
 

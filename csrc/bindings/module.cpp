@@ -9,6 +9,7 @@
 #include "fusestep/fusestep.h"
 #include "state_files.h"
 #include "torch_stepper.h"
+#include "torch_threads.h"
 
 namespace py = pybind11;
 
@@ -291,7 +292,10 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("set_num_threads", &set_num_threads, py::arg("threads"),
         "Threads of the CPU backend, for all optimizers. Results do not depend on it.");
-  m.def("num_threads", &num_threads, "Threads of the CPU backend.");
+  m.def("num_threads", &num_threads,
+        "Threads that a step on the CPU may use, the calling one included.");
+  m.def("use_threads_of_torch", &use_threads_of_torch,
+        "Steps on the CPU run on torch's OpenMP threads from now on; nothing where it has none.");
   m.def(
       "instruction_set", [] { return std::string(instruction_set()); },
       "The instruction set of the CPU backend; FUSESTEP_ISA in the environment forces one.");

@@ -11,7 +11,7 @@
 #include "fusestep/detail/norm.h"
 #include "fusestep/error.h"
 #include "kernels.h"
-#include "thread_pool.h"
+#include "parallel_for.h"
 #include "tuning.h"
 #include "zeroed_memory.h"
 

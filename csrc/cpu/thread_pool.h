@@ -1,24 +1,16 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The threads of the CPU backend. Why std::thread and not OpenMP or oneTBB: docs/performance.md.
+// The library's own threads. Why std::thread and not OpenMP or oneTBB: docs/performance.md.
 #pragma once
 
-#include <type_traits>
+#include "fusestep/cpu.h"
 
 namespace fusestep::detail {
 
-/// Calls body(0), ..., body(count - 1), each once, on num_threads() threads, the caller's included;
-/// returns when all have returned. Where the threads are at work for somebody else, the caller does
-/// it alone. `body` must not throw.
-void parallel_for(int count, void (*body)(void* context, int index), void* context);
-
-template <class F>
-void parallel_for(int count, F&& body) {
-  using Body = std::remove_reference_t<F>;
-  parallel_for(
-      count, [](void* context, int index) { (*static_cast<Body*>(context))(index); },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
+/// Calls work(context, 0) on the calling thread and work(context, i) for some of the other numbers
+/// below `threads`, each on one of its own: those that are awake before that has returned. Returns
+/// when all have. False, and nothing called, while the pool works for another caller.
+bool run_on_pool(int threads, ThreadWork work, void* context);
 
 }  // namespace fusestep::detail

@@ -11,10 +11,33 @@
 
 namespace fusestep {
 
-/// Threads a step on the CPU may use, the calling one included; all of the machine's (as far as
-/// this process may run on them) until set. Holds for the process. Throws InvalidArgument below 1.
+/// Threads a step on the CPU may use, the calling one included; until set, as many as the thread
+/// runner has, and without one all of the machine's (as far as this process may run on them). Holds
+/// for the process. Throws InvalidArgument below 1.
 FUSESTEP_API void set_num_threads(int threads);
 FUSESTEP_API int num_threads();
+
+/// What a thread runner calls: once on each of its threads, with a number below `threads` that no
+/// other has.
+using ThreadWork = void (*)(void* context, int thread);
+/// Calls work(context, i) for i below `threads`, at once; for some of them is enough, one even.
+/// Returns when all have returned. Must not throw. May be called by several threads.
+using ThreadRunner = void (*)(int threads, ThreadWork work, void* context);
+
+/// Has steps run on the threads of the program instead of the library's own: where a training
+/// program computes on OpenMP's, those wait for work for some milliseconds, spinning, and would
+/// take the processors from others. `max_threads` is asked for their number at every step.
+///
+///     fusestep::set_thread_runner(
+///         [](int threads, fusestep::ThreadWork work, void* context) {
+///     #pragma omp parallel num_threads(threads)
+///           work(context, omp_get_thread_num());
+///         },
+///         omp_get_max_threads);
+///
+/// Holds for the process, until both are null; a forked child steps on threads of the library's
+/// own. Not to be called while another thread steps. Throws InvalidArgument if one alone is null.
+FUSESTEP_API void set_thread_runner(ThreadRunner run, int (*max_threads)());
 
 /// The instruction set in use: "avx512", "avx2" or "baseline". The best the processor has, or the
 /// one the environment variable FUSESTEP_ISA names when the first CPU parameter is added to an

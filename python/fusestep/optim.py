@@ -42,6 +42,8 @@ __all__ = [
     "thaw",
 ]
 
+_core.use_threads_of_torch()
+
 
 def _outside_graphs(step):
     """Leaves `step` out of what torch.compile traces. Nothing does where torch._dynamo is not imported."""

@@ -554,6 +554,11 @@ std::vector<BadInput> bad_inputs() {
        "set_num_threads: threads must be >= 1, got 0"},
       {"negative_threads", [](World&) { set_num_threads(-3); },
        "set_num_threads: threads must be >= 1, got -3"},
+      {"runner_without_a_number",
+       [](World&) { set_thread_runner([](int, ThreadWork, void*) {}, nullptr); },
+       "set_thread_runner: run and max_threads must both be given or both null"},
+      {"number_without_a_runner", [](World&) { set_thread_runner(nullptr, [] { return 1; }); },
+       "set_thread_runner: run and max_threads must both be given or both null"},
 
       // schedules
       {"step_decay_size", [](World&) { step_decay(0); },

@@ -1,7 +1,8 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Processes and threads: FUSESTEP_ISA, fork, several optimizers at once, exit with workers asleep.
+// Processes and threads: FUSESTEP_ISA, fork, several optimizers at once, exit with workers asleep,
+// threads of the program's own.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -235,6 +236,98 @@ TEST(Threads, TheirNumberMayChangeBetweenSteps) {
     training.steps(1);
   }
   EXPECT_EQ(training.hash(), serial_hash(4, 5));
+}
+
+std::atomic<int> runs{0}, threads_run{0};
+
+void run_on_new_threads(int threads, ThreadWork work, void* context) {
+  ++runs;
+  threads_run += threads;
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, context, i);
+  work(context, 0);
+  for (std::thread& other : others) other.join();
+}
+
+/// As in a parallel region inside another one.
+void run_on_this_thread(int, ThreadWork work, void* context) {
+  ++runs;
+  work(context, 0);
+}
+
+void run_on_one_other_thread(int threads, ThreadWork work, void* context) {
+  ++runs;
+  std::thread(work, context, threads - 1).join();
+}
+
+/// While it lives, steps run on threads of the test.
+struct Runner {
+  explicit Runner(ThreadRunner run) {
+    set_thread_runner(run, [] { return 5; });
+    runs = threads_run = 0;
+  }
+  ~Runner() { set_thread_runner(nullptr, nullptr); }
+};
+
+TEST(Threads, OfTheProgramGiveTheSameBits) {
+  const std::uint64_t expected = serial_hash(7, 3);
+  set_num_threads(4);
+  for (const ThreadRunner run : {run_on_new_threads, run_on_this_thread, run_on_one_other_thread}) {
+    const Runner runner(run);
+    Training training(7);
+    training.steps(3);
+    EXPECT_EQ(training.hash(), expected);
+    EXPECT_GE(runs, 3);
+  }
+  Training training(7);
+  training.steps(3);
+  EXPECT_EQ(training.hash(), expected);
+}
+
+TEST(Threads, OfTheProgramAreAsManyAsWereSet) {
+  const Runner runner(run_on_new_threads);
+  set_num_threads(4);
+  Training training(8);
+  training.steps(2);
+  EXPECT_EQ(threads_run, 4 * runs);
+  set_num_threads(1);
+  runs = 0;
+  training.steps(2);
+  EXPECT_EQ(runs, 0);
+}
+
+/// In a process where nobody has set their number.
+TEST(Threads, AreAsManyAsTheProgramHas) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a new process, not a fork of this one
+  EXPECT_EXIT(
+      {
+        const int all = num_threads();
+        set_thread_runner(run_on_new_threads, [] { return 5; });
+        const int given = num_threads();
+        set_thread_runner(run_on_new_threads, [] { return 0; });
+        const int least = num_threads();
+        set_num_threads(3);
+        const int wanted = num_threads();
+        std::exit(all >= 1 && given == 5 && least == 1 && wanted == 3 ? 17 : 1);
+      },
+      ::testing::ExitedWithCode(17), "");
+}
+
+TEST(Fork, TheChildHasNoThreadsOfTheProgram) {
+  if (kThreadSanitizer) GTEST_SKIP() << kNoThreadsInChildren;
+  const std::uint64_t expected = serial_hash(9, 3);
+  set_num_threads(3);
+  const Runner runner(run_on_new_threads);
+  Training training(9);
+  training.steps(1);
+  EXPECT_EQ(in_child([&] {
+              runs = 0;
+              training.steps(2);
+              return runs == 0 && training.hash() == expected ? 0 : 1;
+            }),
+            0);
+  training.steps(2);
+  EXPECT_EQ(training.hash(), expected);
 }
 
 /// A static optimizer that is destroyed after main(), with workers asleep.

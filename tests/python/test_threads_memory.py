@@ -3,6 +3,8 @@
 import concurrent.futures
 import gc
 import itertools
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -29,6 +31,56 @@ def test_optimizers_in_parallel_threads_give_serial_bits(name):
         parallel = list(pool.map(lambda seed: train(name, seed), seeds))
     for got, expected in zip(parallel, serial, strict=True):
         support.assert_bits(got, expected)
+
+
+ON_THREADS_OF_TORCH = """
+import copy, os, fusestep, fusestep.optim, torch
+
+def alive():
+    return len(os.listdir("/proc/self/task"))
+
+def steps():
+    for _ in range(3):
+        p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+    return p.detach().clone()
+
+torch.set_num_threads(3)
+p = torch.nn.Parameter(torch.ones(1 << 20))
+optimizer = fusestep.optim.Adam([p])
+assert fusestep.num_threads() == 3, fusestep.num_threads()
+steps()  # torch's threads exist
+before = alive()
+steps()
+assert alive() == before, (before, alive())
+saved = {"p": p.detach().clone(), "state": copy.deepcopy(optimizer.state_dict())}
+after = steps()
+
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # the child has none of torch's threads, and torch would wait for them
+    fusestep.set_num_threads(2)
+with torch.no_grad():
+    p.copy_(saved["p"])
+optimizer.load_state_dict(saved["state"])
+if child == 0:
+    os._exit(0 if torch.equal(steps(), after) else 1)
+assert os.waitpid(child, 0)[1] == 0
+
+torch.set_num_threads(1)
+assert fusestep.num_threads() == 1
+assert torch.equal(steps(), after)
+fusestep.set_num_threads(2)
+assert fusestep.num_threads() == 2
+"""
+
+
+@pytest.mark.on_cpu
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
+def test_steps_run_on_the_threads_of_torch():
+    command = [sys.executable, "-c", ON_THREADS_OF_TORCH]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def resident_bytes():

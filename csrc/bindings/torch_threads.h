@@ -1,0 +1,13 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace fusestep::bindings {
+
+/// Has steps on the CPU run on the threads of the OpenMP that torch computes with, and as many as
+/// torch.set_num_threads() and OMP_NUM_THREADS allow it: after a backward pass those spin for some
+/// milliseconds, and other threads would have to share the processors with them. A torch without
+/// OpenMP leaves the library its own.
+void use_threads_of_torch();
+
+}  // namespace fusestep::bindings
