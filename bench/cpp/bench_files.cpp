@@ -8,7 +8,7 @@
 // of_plain is the median of the ratios of pairs. Before every read the file is dropped from the
 // page cache as far as a program may do that for a file of its own (posix_fadvise). What load_state
 // is compared with reads into new memory as well. A virtual machine may have to ask its host for
-// every page it has not used lately, which can cost more than the disk: before each run as much
+// every page it has not used lately, which can cost more than the disk: before each read as much
 // memory as it needs is touched and given back.
 //
 //   bench_files [--gigabytes=1] [--repeats=5] [--directory=beside the program]

@@ -6,6 +6,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 namespace fusestep::bindings {
 
 inline pybind11::object attribute(PyObject* owner, PyObject* name) {
@@ -30,15 +32,17 @@ class FoundInType {
 
  private:
   void find(PyTypeObject* type) {
-    type_ = pybind11::reinterpret_borrow<pybind11::object>(reinterpret_cast<PyObject*>(type));
-    object_ = attribute(type_.ptr(), name_);
+    auto* const as_object = reinterpret_cast<PyObject*>(type);
+    pybind11::object meaning = attribute(as_object, name_);  // may throw: then nothing is changed
     const bool is_it =
-        type->tp_getattro == PyObject_GenericGetAttr && Py_IS_TYPE(object_.ptr(), &DescriptorType);
-    found_ = is_it ? reinterpret_cast<const Descriptor*>(object_.ptr()) : nullptr;
+        type->tp_getattro == PyObject_GenericGetAttr && Py_IS_TYPE(meaning.ptr(), &DescriptorType);
+    found_ = is_it ? reinterpret_cast<const Descriptor*>(meaning.ptr()) : nullptr;
+    std::swap(meaning_, meaning);
+    type_ = pybind11::reinterpret_borrow<pybind11::object>(as_object);
   }
 
   PyObject* name_;
-  pybind11::object type_, object_;
+  pybind11::object type_, meaning_;
   const Descriptor* found_ = nullptr;
 };
 
@@ -58,7 +62,7 @@ class AttributeOf {
   FoundInType<PyGetSetDescrObject, PyGetSetDescr_Type> getter_;
 };
 
-/// Of a method without arguments: whether it returns True.
+/// Of a method without arguments, of the type and not of one object: whether it returns True.
 class AnswerOf {
  public:
   explicit AnswerOf(PyObject* name) : method_(name) {}

@@ -8,6 +8,7 @@
 
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/rule_list.h"
+#include "torch_threads.h"
 
 namespace py = pybind11;
 
@@ -705,6 +706,7 @@ void TorchStepper::step(const py::object& found_inf, const py::object& loss_scal
   options.streams = streams;
   if (!left_in_captures().empty() && !is_captured(streams)) left_in_captures().clear();
   stepped_ = taken_;
+  follow_torch_in_this_thread();
   const py::gil_scoped_release release;
   if (steps_again_) {
     optimizer_.step_again(groups_, options);

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch_threads.h"
 
+#include <pybind11/pybind11.h>
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
@@ -45,20 +47,31 @@ const OpenMp& openmp() {
 
 void run(int threads, ThreadWork work, void* context) {
   struct Call {
+    int threads;
     ThreadWork work;
     void* context;
-  } call{work, context};
+  } call{threads, work, context};
   const auto on_each = [](void* data) {
     const auto* const made = static_cast<const Call*>(data);
-    made->work(made->context, openmp().thread_number());
+    const int thread = openmp().thread_number();
+    if (thread < made->threads) made->work(made->context, thread);
   };
-  openmp().parallel(on_each, &call, static_cast<unsigned>(threads), 0);
+  // 0: all that torch has. For a smaller team libgomp would end the other threads, and start them
+  // again for torch.
+  openmp().parallel(on_each, &call, 0, 0);
 }
 
 }  // namespace
 
 void use_threads_of_torch() {
   if (openmp().is_there()) set_thread_runner(run, openmp().max_threads);
+}
+
+void follow_torch_in_this_thread() {
+  thread_local bool follows = false;
+  if (follows) return;
+  pybind11::module_::import("torch").attr("get_num_threads")();
+  follows = true;
 }
 
 }  // namespace fusestep::bindings

@@ -5,9 +5,13 @@
 namespace fusestep::bindings {
 
 /// Has steps on the CPU run on the threads of the OpenMP that torch computes with, and as many as
-/// torch.set_num_threads() and OMP_NUM_THREADS allow it: after a backward pass those spin for some
-/// milliseconds, and other threads would have to share the processors with them. A torch without
-/// OpenMP leaves the library its own.
+/// torch.set_num_threads() and OMP_NUM_THREADS allow it (fusestep's own setting, fewer): after a
+/// backward pass those spin for some milliseconds, and other threads would have to share the
+/// processors with them. A torch without OpenMP leaves the library its own.
 void use_threads_of_torch();
+
+/// torch gives a thread its number of threads when it first computes there, or is asked. To be
+/// called before a step, by who holds the GIL.
+void follow_torch_in_this_thread();
 
 }  // namespace fusestep::bindings

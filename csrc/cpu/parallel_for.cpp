@@ -34,7 +34,8 @@ class Loop {
       : body_(body),
         context_(context),
         shares_(threads),
-        share_(std::make_unique<Share[]>(static_cast<std::size_t>(threads))) {
+        share_(new (std::nothrow) Share[static_cast<std::size_t>(threads)]) {
+    if (!share_) return;
     const auto first = [&](int share) {
       return static_cast<int>(std::int64_t{count} * share / shares_);
     };
@@ -43,6 +44,8 @@ class Loop {
       share_[static_cast<std::size_t>(i)].end = first(i + 1);
     }
   }
+
+  bool has_memory() const { return share_ != nullptr; }
 
   /// A ThreadWork.
   static void work(void* loop, int thread) { static_cast<Loop*>(loop)->work_on(thread); }
@@ -76,10 +79,7 @@ std::atomic<int> requested_threads{0};
 /// Of what a runner runs on, a forked child has one thread and perhaps locks that were held.
 void forget_runner_in_children() {
 #if defined(__unix__) || defined(__APPLE__)
-  static const int forget = pthread_atfork(nullptr, nullptr, [] {
-    given_runner.store(nullptr);
-    given_max_threads.store(nullptr);
-  });
+  static const int forget = pthread_atfork(nullptr, nullptr, [] { given_runner.store(nullptr); });
   static_cast<void>(forget);
 #endif
 }
@@ -106,13 +106,8 @@ int usable_processors() {
 void parallel_for(int count, void (*body)(void*, int), void* context) {
   const int threads = std::min(num_threads(), count);
   if (threads > 1) {
-    try {
-      Loop loop(count, threads, body, context);
-      run_on_threads(threads, Loop::work, &loop);
-      return;
-    } catch (const std::bad_alloc&) {
-      // No memory for threads, and nothing begun.
-    }
+    Loop loop(count, threads, body, context);
+    if (loop.has_memory()) return run_on_threads(threads, Loop::work, &loop);
   }
   for (int i = 0; i < count; ++i) body(context, i);
 }

@@ -9,8 +9,8 @@
 namespace fusestep::detail {
 
 /// Calls body(0), ..., body(count - 1), each once, on num_threads() threads, the caller's included;
-/// returns when all have returned. Where the threads are at work for somebody else, the caller does
-/// it alone. `body` must not throw.
+/// returns when all have returned. Where the library's own threads are at work for somebody else,
+/// or there is no memory for the loop, the caller does it alone. `body` must not throw.
 void parallel_for(int count, void (*body)(void* context, int index), void* context);
 
 template <class F>

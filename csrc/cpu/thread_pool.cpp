@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace fusestep::detail {
@@ -73,24 +74,26 @@ class ThreadPool {
 /// them, and perhaps locks that were held: it starts with a pool of its own.
 std::atomic<ThreadPool*> current_pool{nullptr};
 
-ThreadPool& pool() {
+/// Null where there is no memory for one.
+ThreadPool* pool() {
   ThreadPool* existing = current_pool.load(std::memory_order_acquire);
-  if (existing != nullptr) return *existing;
+  if (existing != nullptr) return existing;
 #if defined(__unix__) || defined(__APPLE__)
   static const int forget_in_children =
       pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
   static_cast<void>(forget_in_children);
 #endif
-  auto* made = new ThreadPool;
-  if (current_pool.compare_exchange_strong(existing, made, std::memory_order_acq_rel)) return *made;
+  auto* made = new (std::nothrow) ThreadPool;
+  if (current_pool.compare_exchange_strong(existing, made, std::memory_order_acq_rel)) return made;
   delete made;
-  return *existing;
+  return existing;
 }
 
 }  // namespace
 
 bool run_on_pool(int threads, ThreadWork work, void* context) {
-  return pool().try_run(threads, work, context);
+  ThreadPool* const own = pool();
+  return own != nullptr && own->try_run(threads, work, context);
 }
 
 }  // namespace fusestep::detail

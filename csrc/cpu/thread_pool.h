@@ -10,7 +10,8 @@ namespace fusestep::detail {
 
 /// Calls work(context, 0) on the calling thread and work(context, i) for some of the other numbers
 /// below `threads`, each on one of its own: those that are awake before that has returned. Returns
-/// when all have. False, and nothing called, while the pool works for another caller.
+/// when all have. False, and nothing called, while the pool works for another caller, and without
+/// memory for one.
 bool run_on_pool(int threads, ThreadWork work, void* context);
 
 }  // namespace fusestep::detail

@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "zeroed_memory.h"
 
-#if defined(__linux__)
+// The address sanitizer sees what lies beyond memory of operator new, not beyond a mapping.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#define FUSESTEP_MAPS_PAGES
 #include <sys/mman.h>
 #endif
 
@@ -15,7 +17,7 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 
-#if defined(__linux__)
+#if defined(FUSESTEP_MAPS_PAGES)
 
 /// Of x86-64, and of 64-bit Arm with pages of 4 KiB. Where huge pages have another size, the system
 /// uses those it finds inside.
@@ -31,6 +33,7 @@ std::size_t whole_pages(std::size_t bytes) {
 /// mmap() promises no alignment beyond a page: one huge page more than wanted, less what sticks
 /// out.
 void* map_huge_pages(std::size_t bytes) noexcept {
+  if (bytes > PTRDIFF_MAX) return nullptr;
   const std::size_t wanted = whole_pages(bytes);
   const std::size_t mapped = wanted + kHugePage;
   void* begin = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -49,7 +52,7 @@ void* map_huge_pages(std::size_t bytes) noexcept {
 }  // namespace
 
 void* allocate_zeroed(std::size_t bytes) noexcept {
-#if defined(__linux__)
+#if defined(FUSESTEP_MAPS_PAGES)
   if (bytes >= kMappedBytes) return map_huge_pages(bytes);
 #endif
   void* data = ::operator new(bytes, kAlignment, std::nothrow);
@@ -58,7 +61,7 @@ void* allocate_zeroed(std::size_t bytes) noexcept {
 }
 
 void deallocate_zeroed(void* data, std::size_t bytes) noexcept {
-#if defined(__linux__)
+#if defined(FUSESTEP_MAPS_PAGES)
   if (bytes >= kMappedBytes) {
     munmap(data, whole_pages(bytes));
     return;

@@ -198,27 +198,6 @@ TEST(Fork, WhileAnotherThreadSteps) {
   stepping.join();
 }
 
-TEST(Threads, OptimizersInParallelGiveTheBitsOfSerialOnes) {
-  constexpr int count = 4, steps = 10;
-  std::vector<std::uint64_t> expected(count), found(count);
-  for (int i = 0; i < count; ++i) {
-    expected[static_cast<std::size_t>(i)] = serial_hash(static_cast<std::uint64_t>(i), steps);
-  }
-  for (const int pool : {1, 2, 4}) {
-    set_num_threads(pool);
-    std::vector<std::thread> threads;
-    for (int i = 0; i < count; ++i) {
-      threads.emplace_back([&, i] {
-        Training training(static_cast<std::uint64_t>(i));
-        training.steps(steps);
-        found[static_cast<std::size_t>(i)] = training.hash();
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    EXPECT_EQ(found, expected) << pool << " threads in the pool";
-  }
-}
-
 /// A step that follows another at once finds workers that are still on their way to sleep.
 TEST(Threads, ManyShortSteps) {
   set_num_threads(4);
@@ -284,6 +263,32 @@ TEST(Threads, OfTheProgramGiveTheSameBits) {
   EXPECT_EQ(training.hash(), expected);
 }
 
+TEST(Threads, OptimizersInParallelGiveTheBitsOfSerialOnes) {
+  constexpr int count = 4, steps = 10;
+  std::vector<std::uint64_t> expected(count), found(count);
+  for (int i = 0; i < count; ++i) {
+    expected[static_cast<std::size_t>(i)] = serial_hash(static_cast<std::uint64_t>(i), steps);
+  }
+  const auto run_all = [&] {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; ++i) {
+      threads.emplace_back([&, i] {
+        Training training(static_cast<std::uint64_t>(i));
+        training.steps(steps);
+        found[static_cast<std::size_t>(i)] = training.hash();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(found, expected) << num_threads() << " threads";
+  };
+  for (const int number : {1, 2, 4}) {
+    set_num_threads(number);
+    run_all();
+    const Runner runner(run_on_new_threads);
+    run_all();
+  }
+}
+
 TEST(Threads, OfTheProgramAreAsManyAsWereSet) {
   const Runner runner(run_on_new_threads);
   set_num_threads(4);
@@ -304,11 +309,12 @@ TEST(Threads, AreAsManyAsTheProgramHas) {
         const int all = num_threads();
         set_thread_runner(run_on_new_threads, [] { return 5; });
         const int given = num_threads();
+        const int in_a_child = in_child([] { return num_threads(); });
         set_thread_runner(run_on_new_threads, [] { return 0; });
         const int least = num_threads();
         set_num_threads(3);
         const int wanted = num_threads();
-        std::exit(all >= 1 && given == 5 && least == 1 && wanted == 3 ? 17 : 1);
+        std::exit(all >= 1 && given == 5 && in_a_child == 5 && least == 1 && wanted == 3 ? 17 : 1);
       },
       ::testing::ExitedWithCode(17), "");
 }

@@ -44,6 +44,9 @@ BENCHMARKS = [
     ("bench", 100, "bench_cuda", ["--models=gpt2,resnet152,tiny10k"]),
     ("bench XL", 60, "bench_cuda", ["--models=gpt2_xl", "--rules=adam,sgd,rmsprop_momentum_centered"]),
     ("bench torch", 100, "fusestep", ["--quick"]),
+    ("bench torch XL", 120, "fusestep", ["--models=gpt2_xl,resnet152", "--optimizers=adam", "--operations=step,clip"]),
+    ("bench torch RMSprop", 60, "fusestep", ["--models=gpt2_xl", "--optimizers=rmsprop_momentum_centered"]),
+    ("bench torch small", 60, "fusestep", ["--models=tiny10k", "--optimizers=adam"]),
 ]
 PYTHON = ("python_tests.py", "fusestep")  # programs that need the package
 SANITIZED = ("cuda_gpu_behaviour", [])  # with compute-sanitizer: every kind of launch, small tensors
@@ -83,7 +86,7 @@ def command_of(part, build, out):
     if program == "python_tests.py":
         return [*python_build(build), f"--junitxml={out / 'python.xml'}"]
     if program == "fusestep":
-        arguments = ["bench", "--device=cuda", f"--out={out / 'torch'}", *arguments]
+        arguments = ["bench", "--device=cuda", f"--out={out / name.replace(' ', '-')}", *arguments]
         return [*python_build(build), "--run", *arguments]
     path = find_program(build, program)
     if path is None:

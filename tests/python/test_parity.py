@@ -192,6 +192,37 @@ def test_sizes(size):
     support.assert_close(*(support.all_state(optimizer) for optimizer in optimizers), 2)
 
 
+class WithProperty(torch.nn.Parameter):
+    """Its gradient is a property in Python."""
+
+    reads = 0
+
+    @property
+    def grad(self):
+        WithProperty.reads += 1
+        return torch.Tensor.grad.__get__(self)
+
+    @grad.setter
+    def grad(self, value):
+        torch.Tensor.grad.__set__(self, value)
+
+
+def test_types_of_parameters_may_alternate(name):
+    plain = support.tensors((5,), (6,), (7,), (8,))
+    mixed = [WithProperty(p) if i % 2 else p for i, p in enumerate(support.twins(plain))]
+    optimizers = [support.ours(name)(parameters, **support.FULLEST[name]) for parameters in (plain, mixed)]
+    for index in range(3):
+        support.set_grads(plain, seed=index)
+        for p, q in zip(plain, mixed, strict=True):
+            q.grad = GRADS["negated lazily"](q) if index == 1 else p.grad.clone()
+            p.grad = q.grad.resolve_neg().clone()
+        WithProperty.reads = 0
+        for optimizer in optimizers:
+            optimizer.step()
+        assert WithProperty.reads >= 2
+    support.assert_bits(*(support.all_state(optimizer) for optimizer in optimizers))
+
+
 def test_mixed_dtypes_in_one_group(name):
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
     mixed = [p for dtype in dtypes for p in support.tensors((6, 3), (4,), dtype=dtype)]

@@ -34,7 +34,7 @@ def test_optimizers_in_parallel_threads_give_serial_bits(name):
 
 
 ON_THREADS_OF_TORCH = """
-import copy, os, fusestep, fusestep.optim, torch
+import copy, os, threading, fusestep, fusestep.optim, torch
 
 def alive():
     return len(os.listdir("/proc/self/task"))
@@ -47,10 +47,11 @@ def steps():
 
 torch.set_num_threads(3)
 p = torch.nn.Parameter(torch.ones(1 << 20))
+p.grad = torch.full_like(p, 0.5)
+p.grad.mul_(1)  # torch's threads exist
+before = alive()
 optimizer = fusestep.optim.Adam([p])
 assert fusestep.num_threads() == 3, fusestep.num_threads()
-steps()  # torch's threads exist
-before = alive()
 steps()
 assert alive() == before, (before, alive())
 saved = {"p": p.detach().clone(), "state": copy.deepcopy(optimizer.state_dict())}
@@ -69,16 +70,26 @@ assert os.waitpid(child, 0)[1] == 0
 
 torch.set_num_threads(1)
 assert fusestep.num_threads() == 1
-assert torch.equal(steps(), after)
+p.grad = torch.full_like(p, 0.5)
+in_thread = []
+thread = threading.Thread(target=lambda: in_thread.extend((optimizer.step(), fusestep.num_threads())))
+thread.start()
+thread.join()
+assert in_thread == [None, 1], in_thread
+for _ in range(2):
+    optimizer.step()
+assert torch.equal(p, after)
 fusestep.set_num_threads(2)
 assert fusestep.num_threads() == 2
+optimizer.step()
+assert alive() <= before, (before, alive())
 """
 
 
 @pytest.mark.on_cpu
-@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
+@pytest.mark.skipif("ATen parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
 def test_steps_run_on_the_threads_of_torch():
-    command = [sys.executable, "-c", ON_THREADS_OF_TORCH]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", ON_THREADS_OF_TORCH]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
