@@ -87,7 +87,9 @@ assert alive() <= before, (before, alive())
 
 
 @pytest.mark.on_cpu
-@pytest.mark.skipif("ATen parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
+@pytest.mark.skipif(
+    "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP"
+)
 def test_steps_run_on_the_threads_of_torch():
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", ON_THREADS_OF_TORCH]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
