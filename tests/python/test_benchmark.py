@@ -95,6 +95,14 @@ def test_contestants(results):
     assert not torch.distributed.is_initialized()
 
 
+def test_flat_groups_step_models_of_many_small_tensors():
+    def takes_part(model, operation="step"):
+        return "fusestep flat" in contestants.labels(cases.Case("adam", "float32", model, 1, operation))
+
+    assert takes_part("tiny10k") and takes_part("resnet152") and takes_part("200x6")
+    assert not takes_part("199x6") and not takes_part("gpt2_xl") and not takes_part("tiny10k", "clip")
+
+
 def test_the_machine_is_described(results):
     context = results["context"]
     for key in ("date", "command", "processor", "cores", "memory_bytes", "system", "threads", "torch", "load_after"):

@@ -85,6 +85,12 @@ class Case:
         return sum(math.prod(shape) for shape in shapes(self.model))
 
     @property
+    def is_of_many_small(self) -> bool:
+        """Tensors whose number costs more than their size, so that flat groups are a way out."""
+        tensors = len(shapes(self.model))
+        return tensors >= 200 and self.elements <= tensors << 18
+
+    @property
     def bytes(self) -> int:
         """That must be moved between memory and processor."""
         return self.elements * bytes_per_element(self.rule, self.dtype, self.operation)

@@ -143,7 +143,7 @@ def labels(case: Case) -> list[str]:
         return [OURS, "torch.load"]
     if case.operation == "skipped":
         return [OURS, *FLAT, "torch fused"]
-    if case.operation == "host":
+    if case.operation == "host" or (case.operation == "step" and case.is_of_many_small):
         return [OURS, *FLAT, *(label for label in FACTORIES if label != OURS)]
     if case.operation in ("step", "moved"):
         return list(FACTORIES)
@@ -341,8 +341,10 @@ def _tensors(optimizer):
 def needed_bytes(case: Case) -> int:
     """Of memory, about: tensors, everybody's slots, what a step allocates for a while, and the check."""
     item, slots = DTYPES[case.dtype], len(RULES[case.rule].slots)
-    sharing = sum(label == OURS or label.startswith("torch") for label in labels(case))
-    tensors = 2 + slots * sharing + 3
+    asked = labels(case)
+    sharing = sum(label == OURS or label.startswith("torch") for label in asked)
+    flat = sum(label in FLAT for label in asked)
+    tensors = 2 + slots * sharing + (2 + slots) * flat + 3
     if case.operation in ("save", "load"):
         tensors += 2 * slots  # a state_dict read from a file, and the copy it is compared with
     return case.elements * item * tensors + (1 << 28)
