@@ -162,7 +162,7 @@ def quick() -> Iterator[Case]:
 
 
 def standard(device: str) -> Iterator[Case]:
-    """Chosen for six to eight minutes on two quiet cores."""
+    """Chosen for eight minutes on two quiet cores."""
     yield from product()
     yield from product(("adamw", "sgd_momentum", "rmsprop"), dtypes=("bfloat16",))
     yield from product(("adam",), models=("resnet152",), groups=(1, 8))
