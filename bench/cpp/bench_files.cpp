@@ -233,7 +233,7 @@ void read_benchmark(benchmark::State& state, const std::filesystem::path& direct
   };
   for (auto _ : state) {
     compare(
-        state, repeats, static_cast<double>(kTensorBytes) * tensors, [&] { return measure(load); },
+        state, repeats, static_cast<double>(bytes), [&] { return measure(load); },
         [&] { return measure(read_plain); });
   }
 }
@@ -275,8 +275,7 @@ void load_state_benchmark(benchmark::State& state, const std::filesystem::path& 
     return measure([&](const auto& path) { read_plain(path, memory.bytes()); });
   };
   for (auto _ : state) {
-    compare(state, repeats, static_cast<double>(kTensorBytes) * tensors, load_state,
-            read_into_new_memory);
+    compare(state, repeats, static_cast<double>(bytes), load_state, read_into_new_memory);
   }
 }
 

@@ -172,6 +172,7 @@ void bind_array_optimizer(py::module_& m) {
             options.clip_value = clip_value;
             options.skip_nonfinite = skip_nonfinite;
             options.streams = streams;
+            follow_torch_in_this_thread();
             const py::gil_scoped_release release;
             self.step(options);
           },
@@ -292,8 +293,13 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("set_num_threads", &set_num_threads, py::arg("threads"),
         "Threads of the CPU backend, for all optimizers. Results do not depend on it.");
-  m.def("num_threads", &num_threads,
-        "Threads that a step on the CPU may use, the calling one included.");
+  m.def(
+      "num_threads",
+      [] {
+        follow_torch_in_this_thread();
+        return num_threads();
+      },
+      "Threads that a step on the CPU may use, the calling one included.");
   m.def("use_threads_of_torch", &use_threads_of_torch,
         "Steps on the CPU run on torch's OpenMP threads from now on; nothing where it has none.");
   m.def(

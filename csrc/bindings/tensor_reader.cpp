@@ -156,19 +156,6 @@ bool TensorReader::is_as_it_was(PyObject* tensor, const TensorInfo& before) cons
   return true;
 }
 
-const void* TensorReader::data(PyObject* tensor) const {
-  if (api_ == nullptr) {
-    const py::object address = py::handle(tensor).attr("data_ptr")();
-    return reinterpret_cast<const void*>(address.cast<std::uintptr_t>());
-  }
-  dlpack::Tensor raw;
-  if (api_->tensor_from_py_object(tensor, &raw) == 0) {
-    return static_cast<const char*>(raw.data) + raw.byte_offset;
-  }
-  PyErr_Clear();
-  return nullptr;
-}
-
 std::optional<TensorInfo> TensorReader::read_by_methods(PyObject* object) const {
   const auto tensor = py::reinterpret_borrow<py::object>(object);
   const auto type = type_named(std::string(py::str(tensor.attr("dtype"))));

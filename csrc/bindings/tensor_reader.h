@@ -110,8 +110,6 @@ class TensorReader {
 
   /// Whether a tensor has the same memory as when it was read, of the same kind and layout.
   bool is_as_it_was(PyObject* tensor, const TensorInfo& before) const;
-  /// The address alone, of a tensor that read() takes; null where it cannot be told.
-  const void* data(PyObject* tensor) const;
 
   /// torch's current stream of a CUDA device.
   void* current_stream(Device device) const;

@@ -45,6 +45,8 @@ const OpenMp& openmp() {
   return found;
 }
 
+bool are_used = false;  // guarded by the GIL
+
 void run(int threads, ThreadWork work, void* context) {
   struct Call {
     int threads;
@@ -64,12 +66,14 @@ void run(int threads, ThreadWork work, void* context) {
 }  // namespace
 
 void use_threads_of_torch() {
-  if (openmp().is_there()) set_thread_runner(run, openmp().max_threads);
+  if (!openmp().is_there()) return;
+  set_thread_runner(run, openmp().max_threads);
+  are_used = true;
 }
 
 void follow_torch_in_this_thread() {
   thread_local bool follows = false;
-  if (follows) return;
+  if (follows || !are_used) return;
   pybind11::module_::import("torch").attr("get_num_threads")();
   follows = true;
 }

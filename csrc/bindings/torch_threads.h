@@ -11,7 +11,8 @@ namespace fusestep::bindings {
 void use_threads_of_torch();
 
 /// torch gives a thread its number of threads when it first computes there, or is asked. To be
-/// called before a step, by who holds the GIL.
+/// called before a step and before their number is told, by who holds the GIL; does nothing where
+/// torch's threads are not used.
 void follow_torch_in_this_thread();
 
 }  // namespace fusestep::bindings

@@ -34,7 +34,7 @@ def test_optimizers_in_parallel_threads_give_serial_bits(name):
 
 
 ON_THREADS_OF_TORCH = """
-import copy, os, threading, fusestep, fusestep.optim, torch
+import copy, os, threading, fusestep, fusestep.optim, numpy, torch
 
 def alive():
     return len(os.listdir("/proc/self/task"))
@@ -79,6 +79,18 @@ assert in_thread == [None, 1], in_thread
 for _ in range(2):
     optimizer.step()
 assert torch.equal(p, after)
+
+arrays = fusestep.Optimizer("SGD", {"w": numpy.ones(1 << 20, numpy.float32)}, lr=0.5)
+alive_in_thread = []
+def step_arrays():
+    others = alive()
+    arrays.step({"w": numpy.ones(1 << 20, numpy.float32)})
+    alive_in_thread.append(alive() - others)
+thread = threading.Thread(target=step_arrays)
+thread.start()
+thread.join()
+assert alive_in_thread == [0], alive_in_thread
+
 fusestep.set_num_threads(2)
 assert fusestep.num_threads() == 2
 optimizer.step()
