@@ -261,19 +261,22 @@ TEST(Overlap, OfRanges) {
   }
 }
 
-/// On both sides of the size from which pages are mapped.
+/// On both sides of the size from which pages are mapped; of memory that was in use before, too.
 TEST(ZeroedMemory, IsZeroAndAlignedEachTime) {
   constexpr std::size_t mib = std::size_t{1} << 20;
   for (const std::size_t bytes :
-       {std::size_t{1}, std::size_t{321}, 8 * mib - 1, 8 * mib, 9 * mib + 3}) {
-    for (int again = 0; again < 2; ++again) {
-      void* const data = allocate_zeroed(bytes);
-      ASSERT_NE(data, nullptr);
-      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(data) % 64, 0u);
-      auto* const begin = static_cast<char*>(data);
-      EXPECT_EQ(std::count(begin, begin + bytes, '\0'), static_cast<std::ptrdiff_t>(bytes));
-      std::fill(begin, begin + bytes, '\1');
-      deallocate_zeroed(data, bytes);
+       {std::size_t{1}, std::size_t{321}, std::size_t{65'536}, 8 * mib - 1, 8 * mib, 9 * mib + 3}) {
+    for (int again = 0; again < 3; ++again) {
+      void* blocks[4];
+      for (void*& data : blocks) {
+        data = allocate_zeroed(bytes);
+        ASSERT_NE(data, nullptr);
+        EXPECT_EQ(reinterpret_cast<std::uintptr_t>(data) % 64, 0u);
+        auto* const begin = static_cast<char*>(data);
+        EXPECT_EQ(std::count(begin, begin + bytes, '\0'), static_cast<std::ptrdiff_t>(bytes));
+        std::fill(begin, begin + bytes, '\1');
+      }
+      for (void* data : blocks) deallocate_zeroed(data, bytes);
     }
   }
 #if !defined(__SANITIZE_ADDRESS__)  // whose operator new ends the process
