@@ -10,6 +10,7 @@ function(fusestep_add_extension target library)
     csrc/bindings/state_files.cpp
     csrc/bindings/tensor_reader.cpp
     csrc/bindings/torch_stepper.cpp
+    csrc/bindings/torch_shim.cpp
     csrc/bindings/torch_threads.cpp
     ${ARGN})
   set_target_properties(${target} PROPERTIES OUTPUT_NAME _core)

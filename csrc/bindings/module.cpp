@@ -289,7 +289,8 @@ PYBIND11_MODULE(_core, m) {
       .def("skipped_steps", &TorchStepper::skipped_steps)
       .def_property_readonly("written", &TorchStepper::written)
       .def_property_readonly("stepped", &TorchStepper::stepped)
-      .def_property_readonly("steps", &TorchStepper::steps);
+      .def_property_readonly("steps", &TorchStepper::steps)
+      .def_property_readonly("reads_through_shim", &TorchStepper::reads_through_shim);
 
   m.def("set_num_threads", &set_num_threads, py::arg("threads"),
         "Threads of the CPU backend, for all optimizers. Results do not depend on it.");

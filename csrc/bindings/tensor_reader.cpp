@@ -33,12 +33,9 @@ std::optional<RealType> real_type(dlpack::DType type) {
 }
 
 std::optional<dlpack::DType> type_named(const std::string& name) {
-  if (name == "torch.float32") return {{dlpack::kFloat, 32, 1}};
-  if (name == "torch.float64") return {{dlpack::kFloat, 64, 1}};
-  if (name == "torch.float16") return {{dlpack::kFloat, 16, 1}};
-  if (name == "torch.bfloat16") return {{dlpack::kBfloat, 16, 1}};
-  if (name == "torch.complex64") return {{dlpack::kComplex, 64, 1}};
-  if (name == "torch.complex128") return {{dlpack::kComplex, 128, 1}};
+  for (const TorchType& known : kTorchTypes) {
+    if (name == std::string("torch.") + known.name) return known.type;
+  }
   return {};
 }
 
@@ -105,46 +102,43 @@ TensorInfo TensorInfo::kept() const {
   return copy;
 }
 
-TensorReader::TensorReader(const py::object& tensor_type) {
+TensorReader::TensorReader(const py::object& tensor_type)
+    : tensor_type_(tensor_type), shim_(TorchShim::find(tensor_type)) {
   if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
   auto* header = static_cast<dlpack::ExchangeApi::Header*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (header != nullptr && header->major != 1) header = header->previous;
-  api_ = reinterpret_cast<const dlpack::ExchangeApi*>(header);
-  if (api_ != nullptr && api_->tensor_from_py_object == nullptr) api_ = nullptr;
+  exchange_ = reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
 std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
-  trail_.touch(tensor);
-  std::optional<TensorInfo> info =
-      api_ != nullptr ? read_by_exchange(tensor) : read_by_methods(tensor);
+  if (!PyObject_TypeCheck(tensor, reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()))) return {};
+  dlpack::Tensor raw;
+  std::optional<TensorInfo> info = !shim_                  ? read_by_methods(tensor)
+                                   : read_raw(tensor, raw) ? info_of(raw)
+                                                           : std::nullopt;
   // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
   if (info && info->data == nullptr && info->elements != 0) return {};
   return info;
 }
 
-std::optional<TensorInfo> TensorReader::read_by_exchange(PyObject* tensor) const {
-  dlpack::Tensor raw;
-  if (api_->tensor_from_py_object(tensor, &raw) != 0) {
-    PyErr_Clear();
-    return {};
-  }
-  return info_of(raw);
+bool TensorReader::read_raw(PyObject* tensor, dlpack::Tensor& raw) const {
+  if (trail_ != nullptr) trail_->ask_ahead();
+  if (!shim_->read(tensor, raw)) return false;
+  if (trail_ != nullptr) trail_->note(Trail::Place::of_tensor(tensor, shim_->impl_of(tensor)));
+  return true;
 }
 
 bool TensorReader::is_as_it_was(PyObject* tensor, const TensorInfo& before) const {
-  if (api_ == nullptr) {
+  if (!shim_) {
     const auto now = read_by_methods(tensor);
     return now && now->data == before.data && now->dtype == before.dtype &&
            now->is_complex == before.is_complex && now->laid_out_as(before);
   }
   dlpack::Tensor now;
-  if (api_->tensor_from_py_object(tensor, &now) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!read_raw(tensor, now)) return false;
   const auto type = real_type(now.dtype);
   if (static_cast<char*>(now.data) + now.byte_offset != before.data || now.ndim != before.ndim ||
       !type || type->dtype != before.dtype || (type->per_element == 2) != before.is_complex) {
@@ -177,7 +171,7 @@ std::optional<TensorInfo> TensorReader::read_by_methods(PyObject* object) const 
 }
 
 void* TensorReader::current_stream(Device device) const {
-  return bindings::current_stream(api_, device);
+  return bindings::current_stream(exchange_, device);
 }
 
 }  // namespace fusestep::bindings

@@ -67,9 +67,6 @@ PyObject* slot_key(std::string_view name) {
   return std::find_if(table.begin(), table.end(), named)->second;
 }
 
-/// Parameters ahead of which their objects are asked from memory.
-constexpr Py_ssize_t kAhead = 8;
-
 bool is_none_or_missing(PyObject* object) { return object == nullptr || object == Py_None; }
 
 bool equal_in(const py::object& a, const py::object& b, PyObject* name) {
@@ -308,6 +305,7 @@ bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const Te
   const bool may_have_master = size_of(value.dtype) == 2;
   const bool needs_master = may_have_master && kind.master_weights;
   if (state == nullptr) return kind.slot_keys.empty() && !kind.counts && !needs_master;
+  reader_.note_dict(state);
   const auto read = [&](PyObject* slot) -> std::optional<TensorInfo> {
     if (!placed_alike(whole_value, slot)) return {};
     auto info = reader_.read(local(slot).ptr());
@@ -382,7 +380,7 @@ void TorchStepper::take_settings(const py::object& group) {
 
 py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
                               const py::object& dtensor, bool writes_grads) {
-  const TensorReader::Pass pass(reader_);
+  const TensorReader::Pass pass(reader_, gathered_);
   AttributeOf grad_of(keys().grad);
   dtensor_ = dtensor;
   writes_grads_ = writes_grads;
@@ -446,7 +444,7 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
 std::optional<TorchStepper::Known::Seen> TorchStepper::see(PyObject* tensor) const {
   const auto info = reader_.read(tensor);
   if (!info) return {};
-  return Known::Seen{py::reinterpret_borrow<py::object>(tensor), info->kept(), info->shape};
+  return Known::Seen{py::reinterpret_borrow<py::object>(tensor), info->kept()};
 }
 
 /// Making an alias costs more than all else that is remembered: that of the last time serves again.
@@ -527,6 +525,7 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
   if (known_.empty() || groups.size() != known_.size() || writes_grads != writes_grads_) {
     return false;
   }
+  const TensorReader::Pass pass(reader_, looked_at_);
   groups_.clear();
   lr_tensors_.clear();
   AttributeOf grad_of(keys().grad);
@@ -544,7 +543,6 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
     for (Py_ssize_t j = 0; j < count; j += step) {
       PyObject* const value = PyList_GET_ITEM(params, j);
       const Known::Place& place = known.places[static_cast<std::size_t>(j)];
-      if (j + kAhead < count) known.places[static_cast<std::size_t>(j + kAhead)].prefetch();
       if (value != place.value.tensor.ptr() || !place.value.is_there(reader_)) return false;
       if (!place.has(grad_of(value), reader_)) return false;
     }
@@ -585,20 +583,6 @@ bool TorchStepper::Known::holds_same(PyObject* list) const {
     if (PyList_GET_ITEM(list, j) != place.value.tensor.ptr()) return false;
   }
   return true;
-}
-
-/// Of many parameters every object comes from memory. Addresses may be those of what is gone.
-void TorchStepper::Known::Seen::prefetch() const {
-#if defined(__GNUC__)
-  for (const void* object : {static_cast<const void*>(tensor.ptr()), shape}) {
-    __builtin_prefetch(object);
-  }
-#endif
-}
-
-void TorchStepper::Known::Place::prefetch() const {
-  value.prefetch();
-  if (seen_grad) seen_grad->prefetch();
 }
 
 bool TorchStepper::Known::Seen::is_there(const TensorReader& reader) const {

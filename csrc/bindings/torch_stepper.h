@@ -83,6 +83,7 @@ class TorchStepper {
   /// Parameters that the last step moved, and steps taken: a test's proof of who stepped.
   int stepped() const { return stepped_; }
   std::int64_t steps() const { return optimizer_.steps(); }
+  bool reads_through_shim() const { return reader_.has_shim(); }
 
  private:
   struct Group {
@@ -108,9 +109,7 @@ class TorchStepper {
     struct Seen {
       pybind11::object tensor;
       TensorInfo info;
-      const void* shape;  // within torch's object, to be prefetched
 
-      void prefetch() const;
       bool is_there(const TensorReader& reader) const;
     };
     /// A tensor, and where it was. `.data = t` gives it other memory; the alias keeps this.
@@ -123,7 +122,6 @@ class TorchStepper {
       pybind11::object grad;  // or None
       std::optional<Seen> seen_grad;
 
-      void prefetch() const;
       bool has(const pybind11::object& now, const TensorReader& reader) const;
     };
     pybind11::object params;  // the list
@@ -163,6 +161,7 @@ class TorchStepper {
 
   std::string rule_;
   TensorReader reader_;
+  Trail gathered_, looked_at_;  // of gather() and is_unchanged()
   AnswerOf is_neg_, is_conj_;
   detail::BorrowedOptimizer optimizer_;
   std::vector<Group> kinds_;

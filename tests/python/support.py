@@ -105,7 +105,7 @@ def stepped_by_us(optimizer, steps=None, parameters=None):
 
 
 def through_methods(optimizer):
-    """Makes it read tensors through their methods, as it does where torch has no exchange table."""
+    """Makes it read tensors through their methods, as it does where torch has no C interface."""
     optimizer._stepper_of_this_process = _core.TorchStepper(optimizer._rule, object)
     return optimizer
 

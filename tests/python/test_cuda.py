@@ -91,7 +91,7 @@ def test_bits_of_the_cpu(name, dtype):
 # ---- streams -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("through_methods", [False, True], ids=["exchange", "methods"])
+@pytest.mark.parametrize("through_methods", [False, True], ids=["shim", "methods"])
 def test_step_follows_its_stream(name, through_methods):
     """Gradients that the stream has yet to write; first where state is made, then where it exists."""
     mine, reference = on_home(name), on_cpu(name)

@@ -531,7 +531,7 @@ def test_half_gradients_beside_float32_are_torchs_affair():
 
 @pytest.mark.parametrize("layout, rule", list(itertools.product(("bf16, master", "bf16, state float32"), RULES)))
 def test_torch_reads_through_methods(layout, rule):
-    """Where torch has no exchange table."""
+    """Where torch has no C interface."""
     dtype, options = LAYOUTS[layout]
     mine = make(rule, support.tensors(*SHAPES, dtype=dtype), **options)
     other = support.through_methods(copy.deepcopy(mine))

@@ -1,0 +1,68 @@
+// Copyright 2026 The fusestep authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// torch's own C interface, of a stable ABI (torch/csrc/inductor/aoti_torch/c/shim.h): looked up in
+// the torch that is loaded, and not linked, so that one build serves every version.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "dlpack.h"
+
+namespace fusestep::bindings {
+
+/// A real or complex type that is stepped; torch, its C interface and Python call it by one name.
+struct TorchType {
+  const char* name;
+  dlpack::DType type;
+};
+inline constexpr std::array<TorchType, 6> kTorchTypes = {{
+    {"float32", {dlpack::kFloat, 32, 1}},
+    {"bfloat16", {dlpack::kBfloat, 16, 1}},
+    {"float16", {dlpack::kFloat, 16, 1}},
+    {"float64", {dlpack::kFloat, 64, 1}},
+    {"complex64", {dlpack::kComplex, 64, 1}},
+    {"complex128", {dlpack::kComplex, 128, 1}},
+}};
+
+class TorchShim {
+ public:
+  /// Nothing where torch has no such interface, or where a tensor of `tensor_type` is not read as
+  /// its methods have it.
+  static std::optional<TorchShim> find(const pybind11::object& tensor_type);
+
+  /// Of a tensor's Python object. False for a tensor without memory of its own, of another type or
+  /// on another device than CPU and CUDA. Shape and strides are borrowed from the tensor.
+  bool read(PyObject* tensor, dlpack::Tensor& raw) const;
+
+  /// Where torch has the tensor that the Python object stands for.
+  const char* impl_of(PyObject* tensor) const;
+
+ private:
+  /// An at::Tensor.
+  using Handle = const void*;
+  /// Returns 0, or another number for an exception.
+  template <typename Value>
+  using Getter = std::int32_t (*)(Handle, Value*);
+
+  bool find_functions();
+  bool agrees_on(const pybind11::object& tensor) const;
+  Handle handle_of(PyObject* tensor) const {
+    return reinterpret_cast<const char*>(tensor) + handle_offset_;
+  }
+
+  Getter<std::int32_t> layout_, device_type_, device_index_, dtype_;
+  Getter<std::int64_t> dim_;
+  Getter<std::int64_t*> sizes_, strides_;
+  Getter<void*> data_ptr_;
+  std::int32_t strided_, cpu_, cuda_;
+  std::array<std::int32_t, kTorchTypes.size()> types_;
+  std::size_t handle_offset_ = 0;  // in Python's object
+};
+
+}  // namespace fusestep::bindings
