@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "found_in_type.h"
+
 namespace py = pybind11;
 
 namespace fusestep::bindings {
@@ -58,9 +60,11 @@ bool TorchShim::find_functions() {
   for (std::size_t i = 0; i < kTorchTypes.size(); ++i) {
     if (!look_up_constant(types_[i], std::string("dtype_") + kTorchTypes[i].name)) return false;
   }
-  return look_up(layout_, "get_layout") && look_up(device_type_, "get_device_type") &&
-         look_up(device_index_, "get_device_index") && look_up(dtype_, "get_dtype") &&
-         look_up(dim_, "get_dim") && look_up(sizes_, "get_sizes") &&
+  look_up(layout_, "get_layout");
+  name_of_layout_ = PyUnicode_InternFromString("layout");
+  strided_layout_ = py::object(py::module_::import("torch").attr("strided")).release().ptr();
+  return look_up(device_type_, "get_device_type") && look_up(device_index_, "get_device_index") &&
+         look_up(dtype_, "get_dtype") && look_up(dim_, "get_dim") && look_up(sizes_, "get_sizes") &&
          look_up(strides_, "get_strides") && look_up(data_ptr_, "get_data_ptr") &&
          look_up_constant(strided_, "layout_strided") &&
          look_up_constant(cpu_, "device_type_cpu") && look_up_constant(cuda_, "device_type_cuda");
@@ -91,9 +95,9 @@ bool TorchShim::agrees_on(const py::object& tensor) const {
 /// What has no memory is refused before it is asked for it: torch makes an error of that.
 bool TorchShim::read(PyObject* tensor, dlpack::Tensor& raw) const {
   const Handle handle = handle_of(tensor);
-  std::int32_t layout, type, dtype;
+  std::int32_t type, dtype;
   std::int64_t dim;
-  if (layout_(handle, &layout) != 0 || layout != strided_) return false;
+  if (!is_strided(tensor)) return false;
   if (device_type_(handle, &type) != 0 || (type != cpu_ && type != cuda_)) return false;
   raw.device_type = type == cpu_ ? dlpack::kCpu : dlpack::kCuda;
   raw.device_id = 0;
@@ -110,6 +114,12 @@ bool TorchShim::read(PyObject* tensor, dlpack::Tensor& raw) const {
   raw.ndim = static_cast<std::int32_t>(dim);
   raw.byte_offset = 0;
   return true;
+}
+
+bool TorchShim::is_strided(PyObject* tensor) const {
+  if (layout_ == nullptr) return attribute(tensor, name_of_layout_).ptr() == strided_layout_;
+  std::int32_t layout;
+  return layout_(handle_of(tensor), &layout) == 0 && layout == strided_;
 }
 
 const char* TorchShim::impl_of(PyObject* tensor) const {

@@ -51,18 +51,21 @@ class TorchShim {
   using Getter = std::int32_t (*)(Handle, Value*);
 
   bool find_functions();
+  bool is_strided(PyObject* tensor) const;
   bool agrees_on(const pybind11::object& tensor) const;
   Handle handle_of(PyObject* tensor) const {
     return reinterpret_cast<const char*>(tensor) + handle_offset_;
   }
 
-  Getter<std::int32_t> layout_, device_type_, device_index_, dtype_;
+  Getter<std::int32_t> layout_;  // null in torch 2.7 and before
+  Getter<std::int32_t> device_type_, device_index_, dtype_;
   Getter<std::int64_t> dim_;
   Getter<std::int64_t*> sizes_, strides_;
   Getter<void*> data_ptr_;
   std::int32_t strided_, cpu_, cuda_;
   std::array<std::int32_t, kTorchTypes.size()> types_;
-  std::size_t handle_offset_ = 0;  // in Python's object
+  PyObject *name_of_layout_, *strided_layout_;  // Python's, kept for ever
+  std::size_t handle_offset_ = 0;               // in Python's object
 };
 
 }  // namespace fusestep::bindings

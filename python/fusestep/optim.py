@@ -66,6 +66,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
 
     _rule: str
     _torch_class: type
+    _missing_keys = {}  # of groups, where torch's class is too old to have them
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf
 
     # As pickles of before they existed have them.
@@ -92,11 +93,17 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         check_limit("clip_value", clip_value)
         options = {"state_dtype": state_dtype, "master_weights": master_weights, "rounding": rounding, "seed": seed}
         precision.check_group({**options, "params": []}, type(self).__name__)
-        self._defaults_of_options = precision.given(options)  # torch's constructor adds groups
+        self._defaults_of_options = {**self._missing_keys, **precision.given(options)}  # torch's constructor adds groups
         super().__init__(*args, **kwargs)
         self.defaults.update(self.__dict__.pop("_defaults_of_options"))
         self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
         self.skip_nonfinite, self.keep_scaled_grads = bool(skip_nonfinite), bool(keep_scaled_grads)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self._missing_keys.items():
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group):
         """torch's add_param_group, and changes nothing for options its parameters cannot have."""
@@ -429,11 +436,18 @@ def _with_torchs_signature(cls):
     return cls
 
 
+def _decoupled_weight_decay(value):
+    """Before torch 2.7 AdamW was a class apart, and groups did not say whose they are."""
+    name = "decoupled_weight_decay"
+    return {} if name in inspect.signature(torch.optim.Adam).parameters else {name: value}
+
+
 @_with_torchs_signature
 class Adam(_FusedStep, torch.optim.Adam):
     __doc__ = torch.optim.Adam.__doc__
     _rule = "Adam"
     _torch_class = torch.optim.Adam
+    _missing_keys = _decoupled_weight_decay(False)
 
     def _state_names(self, group):
         return ("step", "exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
@@ -444,6 +458,7 @@ class AdamW(_FusedStep, torch.optim.AdamW):
     __doc__ = torch.optim.AdamW.__doc__
     _rule = "Adam"
     _torch_class = torch.optim.AdamW
+    _missing_keys = _decoupled_weight_decay(True)
     _state_names = Adam._state_names
 
 

@@ -7,6 +7,7 @@ import sys
 import types
 import unittest
 
+import pytest
 import torch
 
 import device
@@ -33,6 +34,10 @@ FULLEST = {
     "SGD": {"momentum": 0.9, "dampening": 0.5},
     "RMSprop": {"momentum": 0.1, "centered": True},
 }
+
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype"
+)
 
 
 def ours(name):

@@ -105,7 +105,9 @@ def assert_follows(mine, reference):
             assert state[MASTER].stride() == p.stride()
 
 
-@pytest.mark.parametrize("grad_dtype", [None, F32], ids=["", "gradients float32"])
+@pytest.mark.parametrize(
+    "grad_dtype", [None, pytest.param(F32, marks=support.needs_grad_dtype)], ids=["", "gradients float32"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_layout_is_float32_rounded_where_it_is_stored(rule, layout, grad_dtype):
@@ -169,8 +171,9 @@ def test_without_options_everything_is_torchs(name):
     for optimizer in (mine, torchs):
         support.set_grads(params_of(optimizer), seed=0)
         optimizer.step()
-    assert mine.param_groups[0].keys() == torchs.param_groups[0].keys()
-    assert mine.defaults.keys() == torchs.defaults.keys()
+    added = mine._missing_keys.keys()  # where torch is older than 2.7
+    assert mine.param_groups[0].keys() - added == torchs.param_groups[0].keys() - added
+    assert mine.defaults.keys() - added == torchs.defaults.keys() - added
     own, theirs = (optimizer.state.get(params_of(optimizer)[0], {}) for optimizer in (mine, torchs))
     assert set(own) == {key for key, value in theirs.items() if value is not None}
 
@@ -519,6 +522,7 @@ def test_what_torchs_step_does_not_do_is_refused():
         assert torch.equal(table.weight, before)
 
 
+@support.needs_grad_dtype
 def test_half_gradients_beside_float32_are_torchs_affair():
     p = torch.nn.Parameter(torch.ones(3))
     p.grad_dtype = BF16
