@@ -115,10 +115,12 @@ TensorReader::TensorReader(const py::object& tensor_type)
 
 std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
   if (!PyObject_TypeCheck(tensor, reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()))) return {};
-  dlpack::Tensor raw;
-  std::optional<TensorInfo> info = !shim_                  ? read_by_methods(tensor)
-                                   : read_raw(tensor, raw) ? info_of(raw)
-                                                           : std::nullopt;
+  std::optional<TensorInfo> info;
+  if (!shim_) {
+    info = read_by_methods(tensor);
+  } else if (dlpack::Tensor raw; read_raw(tensor, raw)) {
+    info = info_of(raw);
+  }
   // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
   if (info && info->data == nullptr && info->elements != 0) return {};
   return info;
