@@ -93,7 +93,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         check_limit("clip_value", clip_value)
         options = {"state_dtype": state_dtype, "master_weights": master_weights, "rounding": rounding, "seed": seed}
         precision.check_group({**options, "params": []}, type(self).__name__)
-        self._defaults_of_options = {**self._missing_keys, **precision.given(options)}  # torch's constructor adds groups
+        # torch's constructor adds groups.
+        self._defaults_of_options = {**self._missing_keys, **precision.given(options)}
         super().__init__(*args, **kwargs)
         self.defaults.update(self.__dict__.pop("_defaults_of_options"))
         self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
