@@ -8,6 +8,7 @@
 #include "fusestep/detail/hyper_fields.h"
 #include "fusestep/fusestep.h"
 #include "state_files.h"
+#include "torch_shim.h"
 #include "torch_stepper.h"
 #include "torch_threads.h"
 
@@ -301,6 +302,10 @@ PYBIND11_MODULE(_core, m) {
         return num_threads();
       },
       "Threads that a step on the CPU may use, the calling one included.");
+  m.def(
+      "find_torch_shim",
+      [](const py::object& tensor_type) { return TorchShim::find(tensor_type).has_value(); },
+      py::arg("tensor_type"));
   m.def("use_threads_of_torch", &use_threads_of_torch,
         "Steps on the CPU run on torch's OpenMP threads from now on; nothing where it has none.");
   m.def(

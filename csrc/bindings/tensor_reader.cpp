@@ -48,10 +48,13 @@ std::int64_t count(RealType type, const std::int64_t* shape, int ndim) {
 std::optional<TensorInfo> info_of(const dlpack::Tensor& raw) {
   const auto type = real_type(raw.dtype);
   if (!type) return {};
+  const std::int64_t elements = count(*type, raw.shape, raw.ndim);
+  // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
+  if (raw.data == nullptr && elements != 0) return {};
   const auto device = device_of(raw);
   if (!device) return {};
   return TensorInfo{static_cast<char*>(raw.data) + raw.byte_offset,
-                    count(*type, raw.shape, raw.ndim),
+                    elements,
                     type->dtype,
                     type->per_element == 2,
                     *device,
@@ -115,15 +118,9 @@ TensorReader::TensorReader(const py::object& tensor_type)
 
 std::optional<TensorInfo> TensorReader::read(PyObject* tensor) const {
   if (!PyObject_TypeCheck(tensor, reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()))) return {};
-  std::optional<TensorInfo> info;
-  if (!shim_) {
-    info = read_by_methods(tensor);
-  } else if (dlpack::Tensor raw; read_raw(tensor, raw)) {
-    info = info_of(raw);
-  }
-  // A wrapper subclass (DTensor) has elements and no memory, and nothing warns of it.
-  if (info && info->data == nullptr && info->elements != 0) return {};
-  return info;
+  if (!shim_) return read_by_methods(tensor);
+  dlpack::Tensor raw;
+  return read_raw(tensor, raw) ? info_of(raw) : std::nullopt;
 }
 
 bool TensorReader::read_raw(PyObject* tensor, dlpack::Tensor& raw) const {
@@ -164,10 +161,12 @@ std::optional<TensorInfo> TensorReader::read_by_methods(PyObject* object) const 
   const int ndim = static_cast<int>(extents.size());
   extents.insert(extents.end(), strides.begin(), strides.end());
   const bool on_cuda = kind == "cuda";
-  auto info = info_of({reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>()),
-                       on_cuda ? dlpack::kCuda : dlpack::kCpu,
-                       on_cuda ? device.attr("index").cast<std::int32_t>() : 0, ndim, *type,
-                       extents.data(), extents.data() + ndim, 0});
+  const auto address = tensor.attr("data_ptr")().cast<std::uintptr_t>();
+  const auto offset = tensor.attr("storage_offset")().cast<std::uintptr_t>() * (type->bits / 8u);
+  auto info =
+      info_of({reinterpret_cast<void*>(address - offset), on_cuda ? dlpack::kCuda : dlpack::kCpu,
+               on_cuda ? device.attr("index").cast<std::int32_t>() : 0, ndim, *type, extents.data(),
+               extents.data() + ndim, offset});
   if (info) info->owned = std::move(extents);  // a move leaves the elements where they are
   return info;
 }

@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
 
@@ -20,10 +20,13 @@ namespace py = pybind11;
 namespace fusestep::bindings {
 namespace {
 
-/// Of the library that has been loaded with torch; null where there is none, or no such function.
+/// Of the libraries that torch has loaded; null where there is no such function.
 void* function_of_torch([[maybe_unused]] const std::string& name) {
-#if defined(__linux__)
-  static void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+#if defined(__unix__) || defined(__APPLE__)
+  static void* const library = [] {
+    const auto extension = py::module_::import("torch._C").attr("__file__").cast<std::string>();
+    return dlopen(extension.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  }();
   return library == nullptr ? nullptr : dlsym(library, name.c_str());
 #else
   return nullptr;
@@ -61,10 +64,9 @@ bool TorchShim::find_functions() {
     if (!look_up_constant(types_[i], std::string("dtype_") + kTorchTypes[i].name)) return false;
   }
   look_up(layout_, "get_layout");
-  name_of_layout_ = PyUnicode_InternFromString("layout");
-  strided_layout_ = py::object(py::module_::import("torch").attr("strided")).release().ptr();
   return look_up(device_type_, "get_device_type") && look_up(device_index_, "get_device_index") &&
-         look_up(dtype_, "get_dtype") && look_up(dim_, "get_dim") && look_up(sizes_, "get_sizes") &&
+         look_up(dtype_, "get_dtype") && look_up(dim_, "get_dim") &&
+         look_up(storage_offset_, "get_storage_offset") && look_up(sizes_, "get_sizes") &&
          look_up(strides_, "get_strides") && look_up(data_ptr_, "get_data_ptr") &&
          look_up_constant(strided_, "layout_strided") &&
          look_up_constant(cpu_, "device_type_cpu") && look_up_constant(cuda_, "device_type_cuda");
@@ -73,11 +75,17 @@ bool TorchShim::find_functions() {
 std::optional<TorchShim> TorchShim::find(const py::object& tensor_type) {
   static std::optional<TorchShim> found;  // guarded by the GIL
   if (!py::hasattr(tensor_type, "_cdata")) return {};
-  if (found) return found;
+  if (found && found->tensor_type_ == reinterpret_cast<PyTypeObject*>(tensor_type.ptr())) {
+    return found;
+  }
   const py::object sample = tensor_type(2, 3);
   TorchShim shim;
+  shim.tensor_type_ = reinterpret_cast<PyTypeObject*>(py::object(tensor_type).release().ptr());
+  shim.name_of_layout_ = PyUnicode_InternFromString("layout");
+  shim.strided_layout_ = py::object(py::module_::import("torch").attr("strided")).release().ptr();
   shim.handle_offset_ = find_handle(sample);
-  if (shim.handle_offset_ != 0 && shim.find_functions() && shim.agrees_on(sample)) found = shim;
+  if (shim.handle_offset_ == 0 || !shim.find_functions() || !shim.agrees_on(sample)) return {};
+  found = shim;
   return found;
 }
 
@@ -86,13 +94,14 @@ bool TorchShim::agrees_on(const py::object& tensor) const {
   if (!read(tensor.ptr(), raw)) return false;
   const std::vector<std::int64_t> shape(raw.shape, raw.shape + raw.ndim);
   const std::vector<std::int64_t> strides(raw.strides, raw.strides + raw.ndim);
-  return shape == tensor.attr("shape").cast<std::vector<std::int64_t>>() &&
+  return raw.data != nullptr && shape == tensor.attr("shape").cast<std::vector<std::int64_t>>() &&
          strides == tensor.attr("stride")().cast<std::vector<std::int64_t>>() &&
          reinterpret_cast<std::uintptr_t>(raw.data) ==
              tensor.attr("data_ptr")().cast<std::uintptr_t>();
 }
 
-/// What has no memory is refused before it is asked for it: torch makes an error of that.
+/// The address comes last: torch writes to stderr that a tensor has none, in some of its versions.
+/// Where a subclass has no memory, as FakeTensor, torch makes an address of the offset in it alone.
 bool TorchShim::read(PyObject* tensor, dlpack::Tensor& raw) const {
   const Handle handle = handle_of(tensor);
   std::int32_t type, dtype;
@@ -113,6 +122,11 @@ bool TorchShim::read(PyObject* tensor, dlpack::Tensor& raw) const {
   }
   raw.ndim = static_cast<std::int32_t>(dim);
   raw.byte_offset = 0;
+  if (Py_IS_TYPE(tensor, tensor_type_)) return true;
+  std::int64_t offset;
+  if (storage_offset_(handle, &offset) != 0) return false;
+  raw.byte_offset = static_cast<std::uint64_t>(offset) * (raw.dtype.bits / 8u);
+  raw.data = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(raw.data) - raw.byte_offset);
   return true;
 }
 

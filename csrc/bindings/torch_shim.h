@@ -36,8 +36,9 @@ class TorchShim {
   /// its methods have it.
   static std::optional<TorchShim> find(const pybind11::object& tensor_type);
 
-  /// Of a tensor's Python object. False for a tensor without memory of its own, of another type or
-  /// on another device than CPU and CUDA. Shape and strides are borrowed from the tensor.
+  /// Of a tensor's Python object. False for one that is not strided, of another type, or on another
+  /// device than CPU and CUDA. `data` is null where a subclass of tensors has no
+  /// memory. Shape and strides are borrowed from the tensor.
   bool read(PyObject* tensor, dlpack::Tensor& raw) const;
 
   /// Where torch has the tensor that the Python object stands for.
@@ -59,12 +60,13 @@ class TorchShim {
 
   Getter<std::int32_t> layout_;  // null in torch 2.7 and before
   Getter<std::int32_t> device_type_, device_index_, dtype_;
-  Getter<std::int64_t> dim_;
+  Getter<std::int64_t> dim_, storage_offset_;
   Getter<std::int64_t*> sizes_, strides_;
   Getter<void*> data_ptr_;
   std::int32_t strided_, cpu_, cuda_;
   std::array<std::int32_t, kTorchTypes.size()> types_;
-  PyObject *name_of_layout_, *strided_layout_;  // Python's, kept for ever
+  PyTypeObject* tensor_type_;
+  PyObject *name_of_layout_, *strided_layout_;  // Python's, kept for ever like the type
   std::size_t handle_offset_ = 0;               // in Python's object
 };
 

@@ -1,8 +1,9 @@
 // Copyright 2026 The fusestep authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A step looks at five objects of every parameter, each a dozen lines of memory that have left the
-// caches since the last step and are reached one through the other.
+// A step looks at six objects of every parameter, with Adam its five tensors and its dict of state:
+// each some lines of memory that have left the caches since the last step, and are reached one
+// through the other.
 #pragma once
 
 #include <Python.h>
@@ -63,7 +64,7 @@ class Trail {
   }
 
  private:
-  static constexpr std::size_t kAhead = 16;  // objects: those of three parameters of Adam's
+  static constexpr std::size_t kAhead = 16;  // objects
 
   /// Inlined by force: GCC leaves out calls of functions that do nothing else.
   [[gnu::always_inline]] static void prefetch([[maybe_unused]] const char* address) {

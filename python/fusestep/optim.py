@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _core.use_threads_of_torch()
+_core.find_torch_shim(torch.Tensor)  # now: later a mode of torch's may be in the way
 
 
 def _outside_graphs(step):
@@ -103,8 +104,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self._missing_keys.items():
-                group.setdefault(name, value)
+            group.update(self._missing_keys)  # a loaded one may be of the other class
 
     def add_param_group(self, param_group):
         """torch's add_param_group, and changes nothing for options its parameters cannot have."""
@@ -611,11 +611,11 @@ def _why_torch(p, state, group):
 
 
 def _is_wrapper(tensor):
-    """A tensor that stands for others: it has elements and no memory."""
+    """A tensor that stands for others: it has elements and no memory, and its address is the offset in that."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
     try:
-        return tensor.numel() != 0 and tensor.data_ptr() == 0
+        return tensor.numel() != 0 and tensor.data_ptr() == tensor.storage_offset() * tensor.element_size()
     except RuntimeError:
         return True
 

@@ -56,7 +56,7 @@ def grads_for(parameters, index):
 
 
 def test_tensors_are_read_through_torchs_c_interface():
-    """Nobody would notice otherwise: through methods a step has the same bits and takes ten times as long."""
+    """Nobody would notice otherwise: through methods a step has the same bits and takes far longer."""
     assert support.ours("Adam")(support.tensors((3,)))._stepper.reads_through_shim
     assert not support.through_methods(support.ours("Adam")(support.tensors((3,))))._stepper.reads_through_shim
 

@@ -912,13 +912,31 @@ def test_meta_parameters(name):
         mine.step()
 
 
+@pytest.mark.parametrize("cls, other, decoupled", [("Adam", "AdamW", False), ("AdamW", "Adam", True)])
+def test_the_class_alone_decouples_weight_decay_where_torch_is_old(cls, other, decoupled, monkeypatch):
+    """Before torch 2.7 groups did not say it: ours do, and a loaded group does not make one class the other."""
+    monkeypatch.setattr(support.ours(cls), "_missing_keys", {"decoupled_weight_decay": decoupled})
+    mine = support.ours(cls)(support.tensors((3,)))
+    mine.add_param_group({"params": support.tensors((3,))})
+    assert [group["decoupled_weight_decay"] for group in mine.param_groups] == [decoupled, decoupled]
+    mine = support.ours(cls)(support.tensors((3,)))
+    mine.load_state_dict(support.ours(other)(support.tensors((3,))).state_dict())
+    assert mine.param_groups[0]["decoupled_weight_decay"] is decoupled
+
+
 class Wrapped(torch.Tensor):
     """A tensor that stands for another, as DTensor does."""
 
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=inner.device,
+            requires_grad=inner.requires_grad,
         )
 
     def __init__(self, inner):
@@ -937,13 +955,15 @@ class Wrapped(torch.Tensor):
         return tree_map(lambda x: Wrapped(x) if type(x) is torch.Tensor else x, out)
 
 
-def test_wrapper_subclass(name):
-    inner, plain = torch.linspace(-1, 1, 5), support.tensors((3,))[0]
+@pytest.mark.parametrize("offset", [0, 4])
+def test_wrapper_subclass(name, offset):
+    """Of no memory torch says the address 0, or the offset in it."""
+    inner, plain = torch.linspace(-1, 1, 5 + offset)[offset:], support.tensors((3,))[0]
     mine = support.ours(name)([Wrapped(inner).requires_grad_(), plain])
     torchs = support.theirs(name)([torch.nn.Parameter(inner.clone()), support.tensors((3,))[0]])
     for optimizer in (mine, torchs):
         first, second = params_of(optimizer)
-        grad = torch.full((5,), 0.5)
+        grad = torch.full((5 + offset,), 0.5)[offset:]
         first.grad = Wrapped(grad) if optimizer is mine else grad
         second.grad = torch.ones(3)
     with pytest.warns(UserWarning, match="of the wrapper class Wrapped"):
