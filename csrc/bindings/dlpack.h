@@ -39,7 +39,7 @@ struct ExchangeApi {
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
-  int (*tensor_from_py_object)(void* object, Tensor* out);  // borrows; needs the GIL
+  void* tensor_from_py_object;
   int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };
 static_assert(sizeof(Tensor) == 48 && sizeof(ExchangeApi) == 56);

@@ -305,7 +305,9 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "find_torch_shim",
       [](const py::object& tensor_type) { return TorchShim::find(tensor_type).has_value(); },
-      py::arg("tensor_type"));
+      py::arg("tensor_type"),
+      "Whether tensors of this class are read through torch's C interface. Looked for until "
+      "found.");
   m.def("use_threads_of_torch", &use_threads_of_torch,
         "Steps on the CPU run on torch's OpenMP threads from now on; nothing where it has none.");
   m.def(
