@@ -8,9 +8,11 @@ function(fusestep_add_extension target library)
   pybind11_add_module(${target} MODULE
     csrc/bindings/module.cpp
     csrc/bindings/state_files.cpp
+    csrc/bindings/tensor_info.cpp
     csrc/bindings/tensor_reader.cpp
-    csrc/bindings/torch_stepper.cpp
+    csrc/bindings/torch_library.cpp
     csrc/bindings/torch_shim.cpp
+    csrc/bindings/torch_stepper.cpp
     csrc/bindings/torch_threads.cpp
     ${ARGN})
   set_target_properties(${target} PROPERTIES OUTPUT_NAME _core)

@@ -10,25 +10,7 @@
 
 namespace fusestep::dlpack {
 
-enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
-
-struct DType {
-  std::uint8_t code;
-  std::uint8_t bits;
-  std::uint16_t lanes;
-};
-
-struct Tensor {
-  void* data;
-  std::int32_t device_type;
-  std::int32_t device_id;
-  std::int32_t ndim;
-  DType dtype;
-  std::int64_t* shape;
-  std::int64_t* strides;  // in elements
-  std::uint64_t byte_offset;
-};
+enum DeviceType : std::int32_t { kCuda = 2 };
 
 struct ExchangeApi {
   struct Header {
@@ -42,6 +24,6 @@ struct ExchangeApi {
   void* tensor_from_py_object;
   int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };
-static_assert(sizeof(Tensor) == 48 && sizeof(ExchangeApi) == 56);
+static_assert(sizeof(ExchangeApi) == 56);
 
 }  // namespace fusestep::dlpack

@@ -10,13 +10,12 @@ namespace py = pybind11;
 
 namespace fusestep::bindings {
 
-std::optional<Device> device_of(const dlpack::Tensor& tensor) {
-  const int type = tensor.device_type;
-  if (type == dlpack::kCpu || type == dlpack::kCudaHost) return Device::cpu();
-  if (type != dlpack::kCuda && type != dlpack::kCudaManaged) return {};
+std::optional<Device> device_of(bool on_cuda, int index, const void* /*data*/,
+                                std::size_t /*bytes*/) {
+  if (!on_cuda) return Device::cpu();
   static const int cuda_devices = cuda_device_count();
-  if (tensor.device_id >= cuda_devices) return {};
-  return Device::cuda(tensor.device_id);
+  if (index >= cuda_devices) return {};
+  return Device::cuda(index);
 }
 
 void* current_stream(const dlpack::ExchangeApi* api, Device device) {

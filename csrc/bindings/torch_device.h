@@ -5,6 +5,7 @@
 // stepped: tests link another translation unit in its place.
 #pragma once
 
+#include <cstddef>
 #include <optional>
 
 #include "dlpack.h"
@@ -12,8 +13,9 @@
 
 namespace fusestep::bindings {
 
-/// Nothing where there is no backend for it.
-std::optional<Device> device_of(const dlpack::Tensor& tensor);
+/// Of memory that torch has on the CPU, or on CUDA device `index`. Nothing where there is no
+/// backend for it.
+std::optional<Device> device_of(bool on_cuda, int index, const void* data, std::size_t bytes);
 
 /// torch's current stream of a CUDA device. `api` may be null.
 void* current_stream(const dlpack::ExchangeApi* api, Device device);

@@ -5,43 +5,27 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
-
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "found_in_type.h"
+#include "torch_library.h"
 
 namespace py = pybind11;
 
 namespace fusestep::bindings {
 namespace {
 
-/// Of the libraries that torch has loaded; null where there is no such function.
-void* function_of_torch([[maybe_unused]] const std::string& name) {
-#if defined(__unix__) || defined(__APPLE__)
-  static void* const library = [] {
-    const auto extension = py::module_::import("torch._C").attr("__file__").cast<std::string>();
-    return dlopen(extension.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-  }();
-  return library == nullptr ? nullptr : dlsym(library, name.c_str());
-#else
-  return nullptr;
-#endif
-}
-
 template <typename Function>
-bool look_up(Function& function, const std::string& name) {
-  function = reinterpret_cast<Function>(function_of_torch("aoti_torch_" + name));
-  return function != nullptr;
+bool look_up_shim(Function*& function, const std::string& name) {
+  return look_up(function, "aoti_torch_" + name);
 }
 
 bool look_up_constant(std::int32_t& value, const std::string& name) {
   std::int32_t (*function)();
-  if (!look_up(function, name)) return false;
+  if (!look_up_shim(function, name)) return false;
   value = function();
   return true;
 }
@@ -63,12 +47,12 @@ bool TorchShim::find_functions() {
   for (std::size_t i = 0; i < kTorchTypes.size(); ++i) {
     if (!look_up_constant(types_[i], std::string("dtype_") + kTorchTypes[i].name)) return false;
   }
-  look_up(layout_, "get_layout");
-  return look_up(device_type_, "get_device_type") && look_up(device_index_, "get_device_index") &&
-         look_up(dtype_, "get_dtype") && look_up(dim_, "get_dim") &&
-         look_up(storage_offset_, "get_storage_offset") && look_up(sizes_, "get_sizes") &&
-         look_up(strides_, "get_strides") && look_up(data_ptr_, "get_data_ptr") &&
-         look_up_constant(strided_, "layout_strided") &&
+  look_up_shim(layout_, "get_layout");
+  return look_up_shim(device_type_, "get_device_type") &&
+         look_up_shim(device_index_, "get_device_index") && look_up_shim(dtype_, "get_dtype") &&
+         look_up_shim(dim_, "get_dim") && look_up_shim(storage_offset_, "get_storage_offset") &&
+         look_up_shim(sizes_, "get_sizes") && look_up_shim(strides_, "get_strides") &&
+         look_up_shim(data_ptr_, "get_data_ptr") && look_up_constant(strided_, "layout_strided") &&
          look_up_constant(cpu_, "device_type_cpu") && look_up_constant(cuda_, "device_type_cuda");
 }
 
@@ -90,44 +74,51 @@ std::optional<TorchShim> TorchShim::find(const py::object& tensor_type) {
 }
 
 bool TorchShim::agrees_on(const py::object& tensor) const {
-  dlpack::Tensor raw;
-  if (!read(tensor.ptr(), raw)) return false;
-  const std::vector<std::int64_t> shape(raw.shape, raw.shape + raw.ndim);
-  const std::vector<std::int64_t> strides(raw.strides, raw.strides + raw.ndim);
-  return raw.data != nullptr && shape == tensor.attr("shape").cast<std::vector<std::int64_t>>() &&
+  const auto info = read(tensor.ptr());
+  if (!info) return false;
+  const std::vector<std::int64_t> shape(info->shape, info->shape + info->ndim);
+  const std::vector<std::int64_t> strides(info->strides, info->strides + info->ndim);
+  return shape == tensor.attr("shape").cast<std::vector<std::int64_t>>() &&
          strides == tensor.attr("stride")().cast<std::vector<std::int64_t>>() &&
-         reinterpret_cast<std::uintptr_t>(raw.data) ==
+         reinterpret_cast<std::uintptr_t>(info->data) ==
              tensor.attr("data_ptr")().cast<std::uintptr_t>();
 }
 
 /// The address comes last: torch writes to stderr that a tensor has none, in some of its versions.
 /// Where a subclass has no memory, as FakeTensor, torch makes an address of the offset in it alone.
-bool TorchShim::read(PyObject* tensor, dlpack::Tensor& raw) const {
+std::optional<TensorInfo> TorchShim::read(PyObject* tensor) const {
   const Handle handle = handle_of(tensor);
-  std::int32_t type, dtype;
-  std::int64_t dim;
-  if (!is_strided(tensor)) return false;
-  if (device_type_(handle, &type) != 0 || (type != cpu_ && type != cuda_)) return false;
-  raw.device_type = type == cpu_ ? dlpack::kCpu : dlpack::kCuda;
-  raw.device_id = 0;
-  if (type == cuda_ && device_index_(handle, &raw.device_id) != 0) return false;
-  if (dtype_(handle, &dtype) != 0) return false;
-  std::size_t i = 0;
-  while (i < types_.size() && types_[i] != dtype) ++i;
-  if (i == types_.size()) return false;
-  raw.dtype = kTorchTypes[i].type;
-  if (dim_(handle, &dim) != 0 || sizes_(handle, &raw.shape) != 0 ||
-      strides_(handle, &raw.strides) != 0 || data_ptr_(handle, &raw.data) != 0) {
-    return false;
+  std::int32_t kind, index = 0;
+  if (!is_strided(tensor)) return {};
+  if (device_type_(handle, &kind) != 0 || (kind != cpu_ && kind != cuda_)) return {};
+  if (kind == cuda_ && device_index_(handle, &index) != 0) return {};
+  const TorchType* const type = type_of(handle);
+  if (type == nullptr) return {};
+  TensorInfo info;
+  std::int64_t dim, offset = 0;
+  std::int64_t *shape, *strides;
+  if (dim_(handle, &dim) != 0 || sizes_(handle, &shape) != 0 || strides_(handle, &strides) != 0 ||
+      data_ptr_(handle, &info.data) != 0) {
+    return {};
   }
-  raw.ndim = static_cast<std::int32_t>(dim);
-  raw.byte_offset = 0;
-  if (Py_IS_TYPE(tensor, tensor_type_)) return true;
-  std::int64_t offset;
-  if (storage_offset_(handle, &offset) != 0) return false;
-  raw.byte_offset = static_cast<std::uint64_t>(offset) * (raw.dtype.bits / 8u);
-  raw.data = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(raw.data) - raw.byte_offset);
-  return true;
+  info.ndim = static_cast<int>(dim);
+  info.shape = shape;
+  info.strides = strides;
+  if (!Py_IS_TYPE(tensor, tensor_type_)) {
+    if (storage_offset_(handle, &offset) != 0) return {};
+    const auto address = reinterpret_cast<std::uintptr_t>(info.data);
+    if (address == static_cast<std::uintptr_t>(offset) * type->size()) info.data = nullptr;
+  }
+  if (!complete(info, *type, kind == cuda_, index)) return {};
+  return info;
+}
+
+const TorchType* TorchShim::type_of(Handle handle) const {
+  std::int32_t dtype;
+  if (dtype_(handle, &dtype) != 0) return nullptr;
+  const auto found = std::find(types_.begin(), types_.end(), dtype);
+  return found == types_.end() ? nullptr
+                               : &kTorchTypes[static_cast<std::size_t>(found - types_.begin())];
 }
 
 bool TorchShim::is_strided(PyObject* tensor) const {

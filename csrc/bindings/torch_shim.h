@@ -12,23 +12,9 @@
 #include <cstdint>
 #include <optional>
 
-#include "dlpack.h"
+#include "tensor_info.h"
 
 namespace fusestep::bindings {
-
-/// A real or complex type that is stepped; torch, its C interface and Python call it by one name.
-struct TorchType {
-  const char* name;
-  dlpack::DType type;
-};
-inline constexpr std::array<TorchType, 6> kTorchTypes = {{
-    {"float32", {dlpack::kFloat, 32, 1}},
-    {"bfloat16", {dlpack::kBfloat, 16, 1}},
-    {"float16", {dlpack::kFloat, 16, 1}},
-    {"float64", {dlpack::kFloat, 64, 1}},
-    {"complex64", {dlpack::kComplex, 64, 1}},
-    {"complex128", {dlpack::kComplex, 128, 1}},
-}};
 
 class TorchShim {
  public:
@@ -36,10 +22,9 @@ class TorchShim {
   /// its methods have it.
   static std::optional<TorchShim> find(const pybind11::object& tensor_type);
 
-  /// Of a tensor's Python object. False for one that is not strided, of another type, or on another
-  /// device than CPU and CUDA. `data` is null where a subclass of tensors has no
-  /// memory. Shape and strides are borrowed from the tensor.
-  bool read(PyObject* tensor, dlpack::Tensor& raw) const;
+  /// Of a tensor's Python object. Nothing for one that is not strided, of another type, without
+  /// memory or a backend for its device. Shape and strides are borrowed from the tensor.
+  std::optional<TensorInfo> read(PyObject* tensor) const;
 
   /// Where torch has the tensor that the Python object stands for.
   const char* impl_of(PyObject* tensor) const;
@@ -53,6 +38,7 @@ class TorchShim {
 
   bool find_functions();
   bool is_strided(PyObject* tensor) const;
+  const TorchType* type_of(Handle handle) const;
   bool agrees_on(const pybind11::object& tensor) const;
   Handle handle_of(PyObject* tensor) const {
     return reinterpret_cast<const char*>(tensor) + handle_offset_;

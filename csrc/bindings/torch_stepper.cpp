@@ -586,7 +586,8 @@ bool TorchStepper::Known::holds_same(PyObject* list) const {
 }
 
 bool TorchStepper::Known::Seen::is_there(const TensorReader& reader) const {
-  return reader.is_as_it_was(tensor.ptr(), info);
+  const auto now = reader.read(tensor.ptr());
+  return now && now->is_same_as(info);
 }
 
 bool TorchStepper::Known::Place::has(const py::object& now, const TensorReader& reader) const {

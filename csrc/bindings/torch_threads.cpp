@@ -4,17 +4,14 @@
 
 #include <pybind11/pybind11.h>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
-
 #include "fusestep/cpu.h"
+#include "torch_library.h"
 
 namespace fusestep::bindings {
 namespace {
 
-/// What compilers call for `#pragma omp parallel`; GCC's and LLVM's runtimes have it. Looked up and
-/// not linked: a second runtime would bring threads of its own.
+/// What compilers call for `#pragma omp parallel`; GCC's and LLVM's runtimes have it. It has to be
+/// torch's: another runtime would bring threads of its own.
 struct OpenMp {
   void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
   int (*thread_number)();
@@ -25,21 +22,12 @@ struct OpenMp {
   }
 };
 
-template <typename Function>
-void find(Function*& function, [[maybe_unused]] const char* name) {
-#if defined(__unix__) || defined(__APPLE__)
-  function = reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
-#else
-  function = nullptr;
-#endif
-}
-
 const OpenMp& openmp() {
   static const OpenMp found = [] {
     OpenMp names;
-    find(names.parallel, "GOMP_parallel");
-    find(names.thread_number, "omp_get_thread_num");
-    find(names.max_threads, "omp_get_max_threads");
+    look_up(names.parallel, "GOMP_parallel");
+    look_up(names.thread_number, "omp_get_thread_num");
+    look_up(names.max_threads, "omp_get_max_threads");
     return names;
   }();
   return found;

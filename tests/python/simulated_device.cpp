@@ -183,15 +183,11 @@ py::bytes download(int device, std::uintptr_t address, std::size_t size) {
 
 }  // namespace
 
-std::optional<Device> device_of(const dlpack::Tensor& tensor) {
-  if (tensor.device_type != dlpack::kCpu) return {};
-  const char* const data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+std::optional<Device> device_of(bool on_cuda, int /*index*/, const void* data, std::size_t bytes) {
+  if (on_cuda) return {};
   const auto found = placed.find(data);
   const Device device = found == placed.end() ? home : found->second;
-  if (!device.is_cuda()) return device;
-  std::size_t bytes = tensor.dtype.bits / 8u;
-  for (int i = 0; i < tensor.ndim; ++i) bytes *= static_cast<std::size_t>(tensor.shape[i]);
-  cuda_sim::adopt(data, bytes, device.index);
+  if (device.is_cuda()) cuda_sim::adopt(data, bytes, device.index);
   return device;
 }
 
