@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import sys
 
-from .._core import InvalidArgument, num_threads
+from .._core import FileError, InvalidArgument, num_threads
 
 SCHEMA = "fusestep-benchmark-1"
 LEAST_ROUNDS = 20
@@ -37,21 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, writes the files, prints the table. Returns 1 if fusestep's results were wrong, otherwise 0.
+    """Measures, writes the files, prints the table.
 
-    Raises InvalidArgument for wrong arguments, and ImportError without torch.
+    Returns 1 if fusestep's results were wrong, 130 if Ctrl-C ended it early, otherwise 0. Raises InvalidArgument for
+    wrong arguments, FileError where nothing can be written, and ImportError without torch.
     """
     _check(options)
-    wrong = False
-    if options.report is not None:
-        results = _read(options.report)
-    else:
-        results, wrong = _measured(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.report is None:
-        (options.out / "benchmark.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    _show(results, options)
-    return 1 if wrong else 0
+    status = 0
+    try:
+        if options.report is not None:
+            results, files = _read(options.report), []
+        else:
+            results, status, files = _measured(options)
+        _show(results, options, files)
+    except OSError as error:
+        if isinstance(error, (FileError, BrokenPipeError)):
+            raise
+        raise FileError(f"{error.filename or options.out} cannot be written: {error.strerror}") from error
+    return status
 
 
 def _listed(text):
@@ -64,14 +68,15 @@ def _listed(text):
 def _check(options):
     if options.rounds < LEAST_ROUNDS:
         raise InvalidArgument(f"--rounds {options.rounds} is too few, expected {LEAST_ROUNDS} or more")
-    if options.threads is not None and options.threads < 1:
-        raise InvalidArgument(f"--threads {options.threads} is too few, expected 1 or more")
+    processors = os.cpu_count() or 1
+    if options.threads is not None and not 1 <= options.threads <= processors:
+        raise InvalidArgument(f"--threads {options.threads} is not possible, expected 1 to {processors}")
     if options.quick and options.full:
         raise InvalidArgument("--quick and --full exclude each other")
 
 
 def _measured(options):
-    """(what is in the file, whether fusestep was wrong)."""
+    """(what is in the file, the exit status, the file). It is written anew after every case, whatever comes then."""
     from . import cases
 
     chosen = cases.chosen(options)
@@ -85,12 +90,18 @@ def _measured(options):
 
     device = devices.Cuda() if options.device == "cuda" else devices.Cpu(options.threads or num_threads())
     context = machine.describe(device, shlex.join(["python", "-m", "fusestep", *sys.argv[1:]]))
+    context["rounds"] = options.rounds
     if options.quick:
         device.roof_elements //= 4
-    results = measure.measure(chosen, device, options.rounds)
-    context |= {"rounds": options.rounds, "load_after": machine.load()}
-    found = {"schema": SCHEMA, "context": context}
-    return found | {"benchmarks": results.benchmarks, "left_out": results.left_out}, results.wrong
+    path, part = (options.out / f"benchmark.json{end}" for end in ("", ".part"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for results in measure.measure(chosen, device, options.rounds):
+        context["load_after"] = machine.load()
+        found = {"schema": SCHEMA, "context": context}
+        found |= {"benchmarks": results.benchmarks, "left_out": results.left_out}
+        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+    return found, 1 if results.wrong else 130 if results.interrupted else 0, [path]
 
 
 # ---- from the JSON -----------------------------------------------------------------------------
@@ -103,15 +114,20 @@ def _read(path):
         raise InvalidArgument(f"{path} cannot be read: {error}") from error
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise InvalidArgument(f"{path} is not a file of `python -m fusestep bench`: its schema is not {SCHEMA}")
+    lacking = {"context", "benchmarks", "left_out"} - results.keys()
+    if lacking:
+        raise InvalidArgument(f"{path} is not whole: it has no {', '.join(sorted(lacking))}")
     return results
 
 
-def _show(results, options):
+def _show(results, options, files):
+    """`files` have been written before."""
     from . import plots, report
 
     text = report.markdown(results)
-    files = [options.out / "benchmark.md"]
-    files[0].write_text(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = [*files, options.out / "benchmark.md"]
+    files[-1].write_text(text)
     print(json.dumps(results, indent=1) if options.json else text)
     try:
         files += plots.draw(results, options.out)

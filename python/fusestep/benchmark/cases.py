@@ -17,6 +17,7 @@ from typing import Any
 from .._core import InvalidArgument
 
 SHAPES = pathlib.Path(__file__).with_name("shapes.json")
+UNIFORM = "([1-9][0-9]*)x([1-9][0-9]*)"
 ALIASES = {"one64m": f"1x{64 << 20}", "tiny10k": "10000x1000"}
 
 # Bytes of an element.
@@ -31,6 +32,11 @@ class Rule:
     torch_class: str
     slots: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def formula(self) -> tuple[Any, ...]:
+        """The same for all settings that are but numbers."""
+        return self.torch_class, self.slots, bool(self.settings.get("nesterov"))
 
 
 _MOMENTUM = "momentum_buffer"
@@ -115,7 +121,7 @@ def bytes_per_element(rule: str, dtype: str, operation: str = "step") -> int:
 
 def shapes(model: str) -> list[list[int]]:
     """Shapes of a model's parameters; "20x64" is 20 tensors of 64 elements."""
-    uniform = re.fullmatch(r"(\d+)x(\d+)", ALIASES.get(model, model))
+    uniform = re.fullmatch(UNIFORM, ALIASES.get(model, model))
     if uniform:
         return [[int(uniform[2])]] * int(uniform[1])
     return [shape for _, shape in _lists()[model]]
@@ -199,12 +205,12 @@ def chosen(options: Any) -> list[Case]:
     _expect("dtype", options.dtypes, [*DTYPES, *SHORT_DTYPES])
     _expect("operation", options.operations, OPERATIONS)
     for model in options.models or ():
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", model) and model not in models():
+        if not re.fullmatch(UNIFORM, model) and model not in models():
             raise InvalidArgument(
                 f"unknown model '{model}', expected one of {', '.join(models())}, or COUNTxELEMENTS such as 100x64"
             )
     for text in options.groups or ():
-        if not text.isdigit() or int(text) == 0:
+        if not re.fullmatch("[1-9][0-9]*", text):
             raise InvalidArgument(f"'{text}' is no number of groups")
     given = {
         "rules": options.optimizers,
@@ -213,7 +219,7 @@ def chosen(options: Any) -> list[Case]:
         "groups": options.groups and [int(text) for text in options.groups],
         "operations": options.operations,
     }
-    given = {key: value for key, value in given.items() if value}
+    given = {key: dict.fromkeys(value) for key, value in given.items() if value}
     if given:
         return list(product(**given))
     return list(quick() if options.quick else full() if options.full else standard(options.device))

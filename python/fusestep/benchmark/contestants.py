@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,15 @@ import fusestep
 import fusestep.optim
 
 from .cases import DTYPES, RULES, Case, Rule
-from .workload import LEARNING_RATE, Workload, allowed_ulps, worst_ulps
+from .workload import LEARNING_RATE, Reference, Workload, allowed_ulps, has_slot, worst_ulps
 
 OURS = "fusestep"
 ARRAYS = "fusestep.Optimizer"  # ours too
 # Ours too, of flat groups: whether it trusts gradients.
 FLAT = {"fusestep flat": False, "fusestep flat, trusted": True}
+ONE_GROUP = "fusestep, one group"  # ours too, where the case has several
+OWN = (OURS, ARRAYS, ONE_GROUP, *FLAT)
+LOSS_SCALE = 4.0  # in the check
 
 
 class LeftOut(Exception):
@@ -47,9 +51,6 @@ def _torch(**how: bool) -> Callable:
         cls = getattr(torch.optim, rule.torch_class)
         if "fused" in how and "fused" not in inspect.signature(cls).parameters:
             raise LeftOut(f"torch {torch.__version__.partition('+')[0]} has no fused {rule.torch_class}")
-        device, dtype = groups[0][0].device.type, groups[0][0].dtype
-        if "fused" in how and rule.torch_class == "SGD" and device == "cpu" and dtype.itemsize == 2:
-            raise LeftOut("torch's fused SGD on the CPU computes 16-bit parameters and does not store most of them")
         return cls(_groups(groups), lr=LEARNING_RATE, **rule.settings, **how)
 
     return make
@@ -81,8 +82,8 @@ def _deepspeed(rule: Rule, groups: Any) -> Any:
 
 def _bitsandbytes(rule: Rule, groups: Any) -> Any:
     optim = _installed("bitsandbytes.optim")
-    offered = (RULES["adam"], RULES["adamw"], RULES["sgd_momentum"], RULES["rmsprop"])
-    if rule not in offered:
+    offered = (RULES["adamw"], RULES["sgd_momentum"], RULES["rmsprop"])  # its Adam decouples weight decay
+    if rule.formula not in [known.formula for known in offered]:
         raise LeftOut("it does not have the rule")
     settings = {"weight_decay": 1e-2 if rule.torch_class == "AdamW" else 0.0, **rule.settings}
     return getattr(optim, rule.torch_class)(_groups(groups), lr=LEARNING_RATE, optim_bits=32, **settings)
@@ -119,11 +120,11 @@ FACTORIES: dict[str, Callable[[Rule, Any], Any]] = {
 
 @dataclass
 class Entry:
-    """A contestant in a case: `call` is timed, `before` is not; `check` returns its error in ulps."""
+    """A contestant in a case: `call` is timed, `before` is not; `check` returns its error in ulps or raises LeftOut."""
 
     label: str
     call: Callable[[], Any]
-    check: Callable[[Any], float]
+    check: Callable[[Reference], float]
     optimizer: Any = None
     before: Callable[[], Any] | None = None
 
@@ -143,90 +144,104 @@ def labels(case: Case) -> list[str]:
         return [OURS, "torch.load"]
     if case.operation == "skipped":
         return [OURS, *FLAT, "torch fused"]
-    if case.operation == "host" or (case.operation == "step" and case.is_of_many_small):
-        return [OURS, *FLAT, *(label for label in FACTORIES if label != OURS)]
-    if case.operation in ("step", "moved"):
-        return list(FACTORIES)
+    if case.operation in ("host", "step", "moved"):
+        may_be_flat = case.operation == "host" or (case.operation == "step" and case.is_of_many_small)
+        of_ours = [ONE_GROUP] if case.groups > 1 else []
+        of_ours += FLAT if may_be_flat else []
+        return [OURS, *of_ours, *(label for label in FACTORIES if label != OURS)]
     own = [label for label in FACTORIES if label == OURS or label.startswith("torch")]
     return [*own, ARRAYS] if case.operation == "clip" else own
 
 
-def entered(label: str, workload: Workload, folder: pathlib.Path, expected: Any) -> tuple[Entry, float]:
-    """The contestant, ready to be timed, and its error in ulps. Raises LeftOut."""
+def entered(
+    label: str, workload: Workload, folder: pathlib.Path, references: Sequence[Reference]
+) -> tuple[Entry, float]:
+    """The contestant with the last of the rules, ready to be timed, and its largest error in ulps. Raises LeftOut."""
+    *others, timed = references
     try:
-        entry = enter(label, workload, folder)
-        return entry, entry.check(expected)
+        errors = [enter(label, workload, folder, other.rule).check(other) for other in others]
+        entry = enter(label, workload, folder, timed.rule)
+        return entry, max([*errors, entry.check(timed)])
     except (LeftOut, torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever another library may raise
-        if label in (OURS, ARRAYS, *FLAT):
+        if label in OWN:
             raise
         raise LeftOut(f"it refuses: {_first_line(error)}") from error
 
 
-def enter(label: str, workload: Workload, folder: pathlib.Path) -> Entry:
+def enter(label: str, workload: Workload, folder: pathlib.Path, rule: Rule) -> Entry:
     """The contestant, ready to be checked."""
     case = workload.case
     if case.operation in ("save", "load"):
         return _file_entry(label, workload, folder)
     if label == ARRAYS:
-        return _arrays_entry(workload)
+        return _arrays_entry(workload, rule)
     if label in FLAT:  # parameters can be flat once
         workload = Workload(case, workload.params[0].device.type)
-    optimizer = FACTORIES[OURS if label in FLAT else label](RULES[case.rule], workload.groups)
+    groups = [workload.params] if label == ONE_GROUP else workload.groups
+    optimizer = FACTORIES[OURS if label in OWN else label](rule, groups)
     if label in FLAT:
         fusestep.optim.flatten(optimizer, trust_gradients=FLAT[label])
-    call = _CALLS.get(case.operation, _step)(optimizer, workload, label)
-    check = (
-        _all_zero(workload, call) if case.operation == "zero_grad" else _same_as_reference(workload, call, optimizer)
-    )
+    if case.operation == "zero_grad":
+        call = functools.partial(optimizer.zero_grad, set_to_none=False)
+        return Entry(label, call, _all_zero(workload, call), optimizer)
+    call, checked = _CALLS.get(case.operation, _step)(optimizer, workload, label)
+    check = _same_as_reference(label, workload, checked, optimizer)
     if case.operation == "skipped":
         check = _then_skipping(optimizer, check)
     before = workload.move_grads if case.operation == "moved" else None
     return Entry(label, call, check, optimizer, before)
 
 
+# Each returns what is timed, and what is checked.
+
+
 def _step(optimizer, workload, label):
-    return optimizer.step
+    return optimizer.step, optimizer.step
 
 
 def _clip_and_step(optimizer, workload, label):
     if label == OURS:
         optimizer.max_grad_norm = workload.max_norm
-        return optimizer.step
+        return optimizer.step, optimizer.step
     foreach = label != "torch for-loop"
 
     def call():
         torch.nn.utils.clip_grad_norm_(workload.params, workload.max_norm, foreach=foreach)
         optimizer.step()
 
-    return call
+    return call, call
 
 
 def _scaler_step(optimizer, workload, label):
+    """Timed with a scale of 1, which leaves gradients as they are."""
     if workload.case.dtype == "float16":
         raise LeftOut("GradScaler refuses float16 gradients")
     device = workload.params[0].device.type
-    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30)  # gradients stay as they are
+    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30)
     scaler.scale(torch.ones(1, device=device))  # makes its tensors
 
     def call():
         scaler.step(optimizer)
         scaler.update()
 
-    return call
+    def checked():
+        for grad in workload.grads:
+            grad.mul_(LOSS_SCALE)
+        scaler.update(LOSS_SCALE)
+        call()
+        scaler.update(1.0)
+
+    return call, checked
 
 
-def _zero_grad(optimizer, workload, label):
-    return lambda: optimizer.zero_grad(set_to_none=False)
+_CALLS = {"clip": _clip_and_step, "scaler": _scaler_step}
 
 
-_CALLS = {"clip": _clip_and_step, "scaler": _scaler_step, "zero_grad": _zero_grad}
-
-
-def _arrays_entry(workload):
+def _arrays_entry(workload, rule):
     """Clipping inside the step, on NumPy's views of the same tensors."""
-    rule, p = RULES[workload.case.rule], workload.params[0]
+    p = workload.params[0]
     if p.device.type != "cpu" or p.dtype == torch.bfloat16:
         raise LeftOut("fusestep.Optimizer steps NumPy arrays, which are on the CPU and not bfloat16")
     names = {p: f"p{index}" for index, p in enumerate(workload.params)}
@@ -237,7 +252,7 @@ def _arrays_entry(workload):
     def call():
         optimizer.step(grads, max_grad_norm=workload.max_norm)
 
-    return Entry(ARRAYS, call, _same_as_reference(workload, call, None))
+    return Entry(ARRAYS, call, _same_as_reference(ARRAYS, workload, call, None))
 
 
 def _file_entry(label, workload, folder):
@@ -274,14 +289,19 @@ def _file_entry(label, workload, folder):
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def _same_as_reference(workload, call, optimizer):
-    def check(expected):
+def _same_as_reference(label, workload, call, optimizer):
+    def check(reference):
+        expected = reference.expected
         ulps = worst_ulps(workload, expected, call, optimizer)
-        allowed = allowed_ulps(workload.case, optimizer)
+        lacking = [slot for slot in reference.rule.slots if not has_slot(workload, optimizer, slot)]
+        if lacking and optimizer is not None and (label in OWN or label.startswith("torch")):
+            raise LeftOut(f"its state has no {', '.join(lacking)}")
+        allowed = allowed_ulps(workload.case, beta_is_rounded=label not in OWN and not reference.is_telling)
         if ulps > allowed:
+            settings = ", ".join(f"{name}={value}" for name, value in reference.rule.settings.items())
             raise LeftOut(
                 f"its result is {ulps:.3g} units in the last place a step from torch's formula in double,"
-                f" allowed are {allowed:g}"
+                f" allowed are {allowed:g} ({settings or 'settings as usual'})"
             )
         return ulps
 
@@ -291,8 +311,8 @@ def _same_as_reference(workload, call, optimizer):
 def _then_skipping(optimizer, check):
     """After the check every step is skipped."""
 
-    def check_and_skip(expected):
-        ulps = check(expected)
+    def check_and_skip(reference):
+        ulps = check(reference)
         first = optimizer.param_groups[0]["params"][0]
         optimizer.found_inf = torch.ones((), device=first.device)
         return ulps

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -38,7 +39,7 @@ class Cpu:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._scratch = torch.ones(8 << 20, device="cpu")
+        self._scratch = torch.ones(max(32 << 20, 2 * _largest_cache()) // 4, device="cpu")
 
     @contextlib.contextmanager
     def in_use(self, threads: int | None = None) -> Iterator[None]:
@@ -177,6 +178,13 @@ class Cuda:
 def _not_too_many(elements: int, free_bytes: int) -> int:
     """An eighth of the memory for two arrays of float32 at most."""
     return max(1, min(elements, free_bytes // 64))
+
+
+def _largest_cache() -> int:
+    """Bytes of a processor's last cache; 0 where Linux does not tell."""
+    caches = pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip()) for path in caches]
+    return max((int(size[1]) << (10 if size[2] == "K" else 20) for size in sizes if size), default=0)
 
 
 def _kib_of(path: str, key: str) -> int:

@@ -9,7 +9,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +33,19 @@ class Results:
     benchmarks: list[Row] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
     wrong: bool = False  # fusestep was refused by a check
+    interrupted: bool = False
 
     def leave_out(self, name: str, contestant: str, why: object) -> None:
         self.left_out.append({"name": name, "contestant": contestant, "why": str(why)})
 
 
-def measure(chosen: Iterable[Case], device: Any, rounds: int) -> Results:
-    """Every case, one after the other, with a progress bar where there is a terminal. Ctrl-C ends it early."""
+def measure(chosen: Iterable[Case], device: Any, rounds: int) -> Iterator[Results]:
+    """Every case, one after the other, with a progress bar where there is a terminal. Ctrl-C ends it early.
+
+    Yields all results so far, before the first case and after each.
+    """
     chosen, results = list(chosen), Results()
+    yield results  # so that who cannot keep them learns it now
     with _progress(len(chosen) * rounds) as bar, tempfile.TemporaryDirectory() as folder:
         with device.in_use():
             roof = device.roof()
@@ -53,11 +58,13 @@ def measure(chosen: Iterable[Case], device: Any, rounds: int) -> Results:
             except (MemoryError, torch.cuda.OutOfMemoryError):
                 results.leave_out(case.name, "", "the memory did not suffice")
             except KeyboardInterrupt:
+                results.interrupted = True
                 for left in chosen[number:]:
                     results.leave_out(left.name, "", "the run was interrupted")
-                break
             bar.update((number + 1) * rounds - bar.n)
-    return results
+            yield results
+            if results.interrupted:
+                break
 
 
 def _progress(total):
@@ -114,12 +121,10 @@ def _refuse_what_does_not_fit(case, device):
 
 def _checked(case, tensors, folder, results):
     """The contestants whose results are right, and their errors."""
-    within_reference = case.operation not in (*STATE_OPERATIONS, "zero_grad")
-    expected = workload.reference(tensors) if within_reference else None
-    entries, ulps = [], {}
+    references, entries, ulps = workload.references(tensors), [], {}
     for label in labels(case):
         try:
-            entry, ulps[label] = entered(label, tensors, folder, expected)
+            entry, ulps[label] = entered(label, tensors, folder, references)
             entries.append(entry)
         except LeftOut as why:
             results.leave_out(case.name, label, why)

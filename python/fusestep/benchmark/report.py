@@ -9,7 +9,7 @@ from typing import Any
 
 OURS, ARRAYS = "fusestep", "fusestep.Optimizer"
 FLAT, TRUSTED = "fusestep flat", "fusestep flat, trusted"
-OWN = (OURS, ARRAYS, FLAT, TRUSTED)
+OWN = (OURS, ARRAYS, FLAT, TRUSTED, "fusestep, one group")
 _FASTER, _EVEN, _SLOWER = "faster", "even", "slower"
 
 _TITLES = {
@@ -198,7 +198,8 @@ def _busy(context):
         return []
     return [
         f"**The machine was busy**: {before[0]:.1f} processes wanted its {cores} cores before anything was measured."
-        f" Threads that wait for each other then wait for other programs. Do not quote these times."
+        f" Threads that wait for each other then wait for other programs. Do not quote these times; host times, of one"
+        f" thread's own processor, with care."
     ]
 
 
