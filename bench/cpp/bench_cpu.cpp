@@ -163,11 +163,7 @@ int main(int argc, char** argv) {
                [=](benchmark::State& state) { host(state, tensors, elements); });
     }
   }
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-  benchmark::AddCustomContext("instruction_set", std::string(fusestep::instruction_set()));
-  benchmark::AddCustomContext("threads", std::to_string(fusestep::num_threads()));
-  benchmark::AddCustomContext("compiler", __VERSION__);
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
+  return run_all(argc, argv,
+                 {{"instruction_set", std::string(fusestep::instruction_set())},
+                  {"threads", std::to_string(fusestep::num_threads())}});
 }

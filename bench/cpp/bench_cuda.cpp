@@ -153,6 +153,15 @@ struct Workload {
   }
 };
 
+void report_bytes(benchmark::State& state, const Workload& work, double moved, double us) {
+  state.counters["bytes"] = moved;
+  state.counters["elements"] = static_cast<double>(work.offsets.elements);
+  state.counters["tensors"] = static_cast<double>(work.sizes.size());
+  state.counters["gbps"] = moved / us * 1e-3;
+  state.counters["roof_gbps"] = copy_rate() * 1e-3;
+  state.counters["roof_fraction"] = moved / us / copy_rate();
+}
+
 void step(benchmark::State& state, const std::string& model, const std::string& models_file,
           const RuleCase& rule, const LayoutCase& layout) {
   try {
@@ -167,14 +176,9 @@ void step(benchmark::State& state, const std::string& model, const std::string& 
       state.counters["prepare_us"] = prepare;
       state.counters["apply_us"] = total - prepare;
       state.counters["apply_roof_fraction"] = moved / (total - prepare) / copy_rate();
-      state.counters["gbps"] = moved / total * 1e-3;
-      state.counters["roof_gbps"] = copy_rate() * 1e-3;
-      state.counters["roof_fraction"] = moved / total / copy_rate();
-      state.counters["bytes"] = moved;
-      state.counters["elements"] = static_cast<double>(work.offsets.elements);
+      report_bytes(state, work, moved, total);
       state.counters["launches"] = 2;  // prepare, and apply of the one bucket
       state.counters["host_us"] = host_us([&] { work.optimizer.step(); }, 5);
-      state.counters["tensors"] = static_cast<double>(work.sizes.size());
     }
   } catch (const std::exception& error) {
     check(cudaDeviceSynchronize());
@@ -188,15 +192,17 @@ void clip(benchmark::State& state, const std::string& model, const std::string& 
   try {
     const RuleCase& rule = rule_cases()[0];
     Workload work(tensor_sizes(model, models_file), rule, layout);
+    const double elements = static_cast<double>(work.offsets.elements);
+    const double read_by_norm = elements * static_cast<double>(size_of(layout.grad));
+    const double moved = elements * bytes_per_element(rule, layout) + read_by_norm;
     for (auto _ : state) {
       const double plain = device_us([&] { work.optimizer.step(); });
       const double total = device_us([&] { work.optimizer.step({.max_grad_norm = 1.0}); });
       state.SetIterationTime(total * 1e-6);
       state.counters["device_us"] = total;
       state.counters["norm_us"] = total - plain;
-      state.counters["norm_roof_fraction"] = static_cast<double>(work.offsets.elements) *
-                                             static_cast<double>(size_of(layout.grad)) /
-                                             (total - plain) / copy_rate();
+      state.counters["norm_roof_fraction"] = read_by_norm / (total - plain) / copy_rate();
+      report_bytes(state, work, moved, total);
     }
   } catch (const std::exception& error) {
     state.SkipWithError(error.what());
@@ -271,16 +277,11 @@ int main(int argc, char** argv) {
     run_once(case_name("adam", "float32", std::to_string(tensors) + "x64") + "/host",
              [=](benchmark::State& state) { host(state, tensors); });
   }
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   if (fusestep::cuda_device_count() == 0) {
     std::fprintf(stderr, "%s\n", fusestep::cuda_status().c_str());
     return 1;
   }
   cudaDeviceProp properties;
-  if (cudaGetDeviceProperties(&properties, 0) == cudaSuccess) {
-    benchmark::AddCustomContext("device", properties.name);
-  }
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
+  const bool is_known = cudaGetDeviceProperties(&properties, 0) == cudaSuccess;
+  return run_all(argc, argv, {{"device", is_known ? properties.name : "unknown"}});
 }

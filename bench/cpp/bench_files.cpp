@@ -4,12 +4,12 @@
 // Saving and loading, through the file layer (write, read) and of an optimizer's state (save_state,
 // load_state: into an optimizer that has none yet), beside what the disk does in the same run:
 // sequential writes of one buffer followed by one fsync, and sequential reads of the same file:
-// another file may lie elsewhere, or in the cache of a virtual machine's host. They alternate;
-// of_plain is the median of the ratios of pairs. Before every read the file is dropped from the
-// page cache as far as a program may do that for a file of its own (posix_fadvise). What load_state
-// is compared with reads into new memory as well. A virtual machine may have to ask its host for
-// every page it has not used lately, which can cost more than the disk: before each read as much
-// memory as it needs is touched and given back.
+// another file may lie elsewhere, or in the cache of a virtual machine's host: roof_gbps. They
+// alternate; roof_fraction is the median of the ratios of pairs. Before every read the file is
+// dropped from the page cache as far as a program may do that for a file of its own
+// (posix_fadvise). What load_state is compared with reads into new memory as well. A virtual
+// machine may have to ask its host for every page it has not used lately, which can cost more than
+// the disk: before each read as much memory as it needs is touched and given back.
 //
 //   bench_files [--gigabytes=1] [--repeats=5] [--directory=beside the program]
 //               [Google Benchmark's own options]
@@ -201,9 +201,9 @@ void compare(benchmark::State& state, int repeats, double bytes,
     ratios.push_back(plain_times.back() / our_times.back());
   }
   state.SetIterationTime(median(our_times));
-  state.counters["GBps"] = bytes / median(our_times) * 1e-9;
-  state.counters["plain_GBps"] = bytes / median(plain_times) * 1e-9;
-  state.counters["of_plain"] = median(ratios);
+  state.counters["gbps"] = bytes / median(our_times) * 1e-9;
+  state.counters["roof_gbps"] = bytes / median(plain_times) * 1e-9;
+  state.counters["roof_fraction"] = median(ratios);
 }
 
 void write_benchmark(benchmark::State& state, const std::filesystem::path& directory, int tensors,
@@ -314,10 +314,5 @@ int main(int argc, char** argv) {
       benchmark::RegisterBenchmark(full.c_str(), crc_benchmark, portable, bytes);
     }
   }
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-  benchmark::AddCustomContext("compiler", __VERSION__);
-  benchmark::AddCustomContext("directory", directory);
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
+  return run_all(argc, argv, {{"directory", directory}});
 }

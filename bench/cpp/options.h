@@ -12,6 +12,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fusestep/dtype.h"
@@ -48,6 +49,37 @@ void run_once(const std::string& name, F&& body) {
       ->UseManualTime()
       ->Iterations(1)
       ->Unit(benchmark::kMicrosecond);
+}
+
+/// Names of cases alone: Google Benchmark would add "/iterations:1/manual_time".
+template <class Reporter>
+class WithPlainNames : public Reporter {
+ public:
+  void ReportRuns(const std::vector<benchmark::BenchmarkReporter::Run>& runs) override {
+    auto plain = runs;
+    for (auto& run : plain) {
+      run.run_name.iterations.clear();
+      run.run_name.time_type.clear();
+    }
+    Reporter::ReportRuns(plain);
+  }
+};
+
+/// Runs what was registered, to the console, and as JSON to the file of --benchmark_out. Returns
+/// the exit status; `context` gives lines of the file's "context".
+inline int run_all(int argc, char** argv,
+                   const std::vector<std::pair<std::string, std::string>>& context) {
+  const bool to_file = std::any_of(argv + 1, argv + argc, [](const std::string argument) {
+    return argument.rfind("--benchmark_out=", 0) == 0;
+  });
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  benchmark::AddCustomContext("compiler", __VERSION__);
+  for (const auto& [key, value] : context) benchmark::AddCustomContext(key, value);
+  WithPlainNames<benchmark::ConsoleReporter> console;
+  WithPlainNames<benchmark::JSONReporter> json;
+  benchmark::RunSpecifiedBenchmarks(&console, to_file ? &json : nullptr);
+  return 0;
 }
 
 /// A random value of either sign, of a magnitude below 1/2 (fp16: 2^-5 to 1). Zeros could run

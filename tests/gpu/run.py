@@ -147,7 +147,7 @@ def print_benchmarks(out):
         except json.JSONDecodeError:
             continue
         for entry in benchmarks:
-            name = entry["name"].split("/iterations")[0]
+            name = entry["name"]
             if "apply_roof_fraction" in entry:
                 print(
                     f"  {name:<52} apply {entry['apply_us']:9.1f} us  {entry['apply_roof_fraction']:.3f} of the copy"

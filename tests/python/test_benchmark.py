@@ -201,7 +201,7 @@ MISTAKES = {
     "no weight decay": ("adamw", "step", class_with("AdamW", weight_decay=0.0), "in the last place"),
     "weight decay is decoupled": ("adam", "step", class_with("AdamW"), "in the last place"),
     "eps is forgotten": ("adam", "step", class_with("Adam", eps=1e-8), "in the last place"),
-    "beta2 is forgotten": ("adam", "step", class_with("Adam", betas=(0.5, 0.999)), "in the last place"),
+    "beta2 is forgotten": ("adam", "step", class_with("Adam", betas=(0.75, 0.999)), "in the last place"),
     "Nesterov is momentum": ("sgd_nesterov", "step", class_with("SGD", nesterov=False), "in the last place"),
     "nothing is centered": ("rmsprop_centered", "step", class_with("RMSprop", centered=False), "has no grad_avg"),
     "the scale is ignored": ("adam", "scaler", WithoutScale, "in the last place"),
