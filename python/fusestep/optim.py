@@ -395,7 +395,17 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
 
         There it lives on the device for us, and torch's other modes refuse it there.
         """
-        result = super().state_dict()
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, {}
+        try:
+            result = self._portable(super().state_dict())
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():  # of a state_dict that is whole
+            given = hook(self, result)
+            result = result if given is None else given
+        return result
+
+    def _portable(self, result):
         if self._flat is not None:
             result["state"] = {index: plain_state(own) for index, own in result["state"].items()}
         for group in result["param_groups"]:

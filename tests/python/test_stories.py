@@ -424,6 +424,14 @@ def test_state_dict_hooks(name):
     assert seen == ["pre", "post", "load pre", "load post"]
 
 
+@pytest.mark.parametrize("hook", [lambda _, state: {"optimizer": state}, lambda _, state: {}, lambda _, state: None])
+def test_state_dict_hooks_may_return_anything(name, hook):
+    mine, reference = make_pair(name)
+    for optimizer in (mine, reference):
+        optimizer.register_state_dict_post_hook(hook)
+    assert mine.state_dict().keys() == reference.state_dict().keys()
+
+
 def test_named_parameters(name):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     mine = support.ours(name)(model.named_parameters(), lr=0.1)
