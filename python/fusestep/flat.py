@@ -24,7 +24,7 @@ from .dtensor import is_dtensor
 # Elements. 64 bytes of the smallest dtype: vector accesses start with every parameter.
 _ALIGNMENT = 32
 # As csrc/state_store.cpp: arrays of one loop must not start at the same place of a page.
-_SKEW, _SKEWED_FROM = 1088, 256 << 10
+_PAGE, _SKEW, _SKEWED_FROM = 4096, 1088, 256 << 10
 
 _flattened: weakref.WeakSet[Flat] = weakref.WeakSet()
 
@@ -92,9 +92,11 @@ class FlatBuffer:
 
     def _new(self, dtype, device, position):
         """Zeros; position among the arrays of a loop."""
-        is_large = device.type == "cpu" and self._size * dtype.itemsize >= _SKEWED_FROM
-        skew = position * _SKEW // dtype.itemsize if is_large else 0
-        return torch.zeros(self._size + skew, dtype=dtype, device=device)[skew:]
+        if device.type != "cpu" or self._size * dtype.itemsize < _SKEWED_FROM:
+            return torch.zeros(self._size, dtype=dtype, device=device)
+        memory = torch.zeros(self._size + _PAGE // dtype.itemsize, dtype=dtype, device=device)
+        begin = (position * _SKEW - memory.data_ptr()) % _PAGE // dtype.itemsize
+        return memory[begin : begin + self._size]
 
     def _part(self, buffer, index):
         return buffer.as_strided(*self._layouts[index], buffer.storage_offset() + self.offsets[index])
