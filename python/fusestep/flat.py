@@ -16,6 +16,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import freezing
 from ._core import InvalidArgument
@@ -105,7 +106,11 @@ class FlatBuffer:
         return self._layouts[index]
 
     def value(self, index: int) -> torch.Tensor:
-        return self._part(self.values, index)
+        """In a storage of its own, which begins there: parameters that share one are taken for tied weights."""
+        begin = self.offsets[index]
+        part = self.values[begin : begin + self.params[index].numel()]
+        # Of one dimension: DLPack has no strides of dimensions without neighbours.
+        return from_dlpack(to_dlpack(part)).as_strided(*self._layouts[index])
 
     def grad(self, index: int) -> torch.Tensor:
         if self.grads is None:

@@ -4,6 +4,7 @@
 
 import collections
 import copy
+import gc
 import io
 import pickle
 
@@ -186,6 +187,71 @@ def test_large_buffers_start_at_different_places_of_a_page():
     places = [t.data_ptr() % 4096 for t in (buffer.values, buffer.grads, *buffer.slots.values())]
     assert places == [position * 1088 % 4096 for position in range(4)] or device.KIND == "cuda"
     assert_in_place(optimizer)
+
+
+# ---- parameters that others look at ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_parameters_have_storages_of_their_own(dtype):
+    """Who looks for tied weights goes by them."""
+    mine, plain = pair("SGD", dtype=dtype, shapes=(*SHAPES, (1, 3), (4, 1), (1, 1)))
+    storages = [p.untyped_storage() for p in params_of(mine) if p.numel() != 0]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    for p, q in zip(params_of(mine), params_of(plain), strict=True):
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
+        assert (p.shape, p.stride(), p.storage_offset()) == (q.shape, q.stride(), 0)
+        assert len(saved(p)) <= len(saved(q)) + 200  # padding of torch's
+    train(mine, plain)
+    assert_same(mine, plain)
+    assert_in_place(mine)
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_values_outlive_what_made_them():
+    mine, plain = pair("SGD", shapes=((100, 100), (5,)))
+    parameters, values = params_of(mine), [p.detach().clone() for p in params_of(plain)]
+    del mine
+    gc.collect()
+    torch.full((100, 200), 7.0), torch.full((5,), 7.0)
+    for p, value in zip(parameters, values, strict=True):
+        assert torch.equal(p, value)
+
+
+@pytest.mark.only_on("cpu", reason="memory that processes share")
+def test_a_model_that_is_shared_with_processes_is_stepped_there():
+    models, (mine, plain) = twin_models(False)
+    for index in range(6):
+        for optimizer in (mine, plain):
+            optimizer.zero_grad()
+        backward(models, index)
+        if index == 3:
+            models[0].share_memory()
+        for optimizer in (mine, plain):
+            optimizer.step()
+    assert_same(mine, plain)
+    assert all(p.is_shared() for p in params_of(mine))
+
+
+def test_models_are_saved_by_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    (model, plain), (mine, _) = twin_models(False)
+    safetensors.save_model(model, tmp_path / "model")
+    safetensors.save_file(model.state_dict(), tmp_path / "file")
+    for name in ("model", "file"):
+        found = safetensors.load_file(tmp_path / name)
+        support.assert_bits(found, {key: value.cpu() for key, value in plain.state_dict().items()})
+    with torch.no_grad():
+        for p in params_of(mine):
+            p.zero_()
+    safetensors.load_model(model, tmp_path / "model")
+    support.assert_bits(model.state_dict(), plain.state_dict())
+    assert_in_place(mine)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
