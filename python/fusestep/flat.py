@@ -444,6 +444,8 @@ class _FirstGradient:
         self._handle = p.register_post_accumulate_grad_hook(self)
 
     def __call__(self, p):
+        if torch.compiler.is_compiling():
+            return  # compiled autograd cannot trace it; the gradient is linked when `grads` is asked for
         flat = self._flat()
         if flat is None or not flat.is_used():
             self.remove()
