@@ -16,6 +16,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import freezing
 from ._core import InvalidArgument
@@ -24,7 +25,7 @@ from .dtensor import is_dtensor
 # Elements. 64 bytes of the smallest dtype: vector accesses start with every parameter.
 _ALIGNMENT = 32
 # As csrc/state_store.cpp: arrays of one loop must not start at the same place of a page.
-_SKEW, _SKEWED_FROM = 1088, 256 << 10
+_PAGE, _SKEW, _SKEWED_FROM = 4096, 1088, 256 << 10
 
 _flattened: weakref.WeakSet[Flat] = weakref.WeakSet()
 
@@ -68,9 +69,13 @@ class FlatBuffer:
         params: in the order of the group.
         offsets: of their first elements.
         values: one dimension.
-        grads: as long; None until a parameter that did not require a gradient at first has one.
+        grads: as long; None until a parameter that did not require a gradient at first may have one. Asking for it
+            brings gradients that are elsewhere to their places; where a parameter has none it is zero.
         slots: as long, by name: `exp_avg`, ...; made when a parameter first needs them.
     """
+
+    _flat = None  # a reference: who gives the parameters their gradients
+    _seen = None  # of gradients, when all were in their places
 
     def __init__(self, params: list[torch.Tensor], grad_dtype: torch.dtype, with_grads: bool) -> None:
         self.params = params
@@ -83,18 +88,30 @@ class FlatBuffer:
             self._size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
         self._grad_dtype = grad_dtype
         self.values = self._new(params[0].dtype, params[0].device, 0)
-        self.grads = self._new(grad_dtype, params[0].device, 1) if with_grads else None
+        self.grads_as_they_are = self._new(grad_dtype, params[0].device, 1) if with_grads else None
 
     def __repr__(self) -> str:
-        arrays = ", ".join(["values", *(["grads"] if self.grads is not None else []), *self.slots])
+        arrays = ", ".join(["values", *(["grads"] if self.grads_as_they_are is not None else []), *self.slots])
         about = f"{len(self.params)} parameters of {self.values.dtype} on {self.values.device}"
         return f"FlatBuffer({about}: {arrays})"
 
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name not in ("_flat", "_seen")}
+
+    @property
+    def grads(self) -> torch.Tensor | None:
+        flat = None if self._flat is None else self._flat()
+        if flat is not None:
+            flat.link_gradients_of(self)
+        return self.grads_as_they_are
+
     def _new(self, dtype, device, position):
         """Zeros; position among the arrays of a loop."""
-        is_large = device.type == "cpu" and self._size * dtype.itemsize >= _SKEWED_FROM
-        skew = position * _SKEW // dtype.itemsize if is_large else 0
-        return torch.zeros(self._size + skew, dtype=dtype, device=device)[skew:]
+        if device.type != "cpu" or self._size * dtype.itemsize < _SKEWED_FROM:
+            return torch.zeros(self._size, dtype=dtype, device=device)
+        memory = torch.zeros(self._size + _PAGE // dtype.itemsize, dtype=dtype, device=device)
+        begin = (position * _SKEW - memory.data_ptr()) % _PAGE // dtype.itemsize
+        return memory[begin : begin + self._size]
 
     def _part(self, buffer, index):
         return buffer.as_strided(*self._layouts[index], buffer.storage_offset() + self.offsets[index])
@@ -103,20 +120,41 @@ class FlatBuffer:
         return self._layouts[index]
 
     def value(self, index: int) -> torch.Tensor:
-        return self._part(self.values, index)
+        """In a storage of its own, which begins there: parameters that share one are taken for tied weights."""
+        begin = self.offsets[index]
+        part = self.values[begin : begin + self.params[index].numel()]
+        # Of one dimension: DLPack has no strides of dimensions without neighbours.
+        return from_dlpack(to_dlpack(part)).as_strided(*self._layouts[index])
 
-    def grad(self, index: int) -> torch.Tensor:
-        if self.grads is None:
+    def make_grads(self) -> torch.Tensor:
+        if self.grads_as_they_are is None:
             if _capturing():
                 raise InvalidArgument("flat groups: the first gradients of a buffer, while a CUDA graph is captured")
-            self.grads = self._new(self._grad_dtype, self.values.device, 1)
-        return self._part(self.grads, index).data  # not a view for autograd: those refuse detach_()
+            self.grads_as_they_are = self._new(self._grad_dtype, self.values.device, 1)
+        return self.grads_as_they_are
+
+    def grad(self, index: int) -> torch.Tensor:
+        return self._part(self.make_grads(), index).data  # not a view for autograd: those refuse detach_()
 
     def is_grad(self, tensor: torch.Tensor, index: int) -> bool:
         """Whether it is the view of `grads` that `grad` gives."""
-        begin = self.grads.data_ptr() + self.offsets[index] * self.grads.element_size()
+        whole = self.make_grads()
+        begin = whole.data_ptr() + self.offsets[index] * whole.element_size()
         in_place = tensor.numel() == 0 or tensor.data_ptr() == begin
-        return in_place and (tensor.shape, tensor.stride()) == self._layouts[index] and tensor.dtype == self.grads.dtype
+        return in_place and (tensor.shape, tensor.stride()) == self._layouts[index] and tensor.dtype == whole.dtype
+
+    def see(self, links: int, places: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """Remembers gradients as they are after so many links; (parameter, its gradient's place)."""
+        addresses = [None if p.grad is not place or place is None else place.data_ptr() for p, place in places]
+        self._seen = links, [(p, p.grad, address) for (p, _), address in zip(places, addresses, strict=True)]
+
+    def is_as_seen(self, links: int, looks_at_all: bool) -> bool:
+        """As a step looks: at the first and the last, or at all."""
+        if self._seen is None or self._seen[0] != links:
+            return False
+        seen = self._seen[1]
+        looked_at = seen if looks_at_all else seen[:: max(len(seen) - 1, 1)]
+        return all(p.grad is grad and (at is None or grad.data_ptr() == at) for p, grad, at in looked_at)
 
     def slot(self, name: str, dtype: torch.dtype, index: int) -> torch.Tensor | None:
         """None where the buffer of this name has another dtype."""
@@ -134,7 +172,10 @@ class Flat:
         self.buffers: list[FlatBuffer] = []
         self._optimizer = weakref.ref(optimizer)
         self._places: dict[torch.Tensor, tuple[FlatBuffer, int]] = {}
-        self._grads: dict[torch.Tensor, torch.Tensor] = {}  # that a parameter has, or would have
+        self._grads: dict[torch.Tensor, torch.Tensor] = {}  # places that are not known to be zero
+        self._unused: list[torch.Tensor] = []  # places that are to be zero, when nobody reads them any more
+        self._awaited: dict[torch.Tensor, _FirstGradient] = {}
+        self._links = 0  # times that anything was brought to its place
         self._handed_out: set[tuple[torch.Tensor, str]] = set()  # parts of slots that somebody may still hold
         self._freezings = freezing.changes()
         self._is_remembered = False
@@ -181,6 +222,7 @@ class Flat:
 
     def _enter(self, buffer):
         self.buffers.append(buffer)
+        buffer._flat = weakref.ref(self)
         with torch.no_grad():
             for index, p in enumerate(buffer.params):
                 value = buffer.value(index)
@@ -194,13 +236,22 @@ class Flat:
             return
         members = {id(p) for p in self._params()}
         for p in [p for p in self._places if id(p) not in members]:
-            del self._places[p]
-            place = self._grads.pop(p, None)
-            if place is not None and p.grad is not None:
-                with torch.no_grad():
-                    p.grad = self._apart(p.grad)
+            buffer, index = self._places.pop(p)
+            self._cancel(p)
+            if self._grads.pop(p, None) is not None:
+                self._unused.append(buffer.grad(index))
+                if p.grad is not None:
+                    with torch.no_grad():
+                        p.grad = self._apart(p.grad)
 
     # ---- gradients -----------------------------------------------------------------------------
+
+    def link_gradients_of(self, buffer: FlatBuffer) -> None:
+        """Before somebody reads it: gradients may have come since the last step."""
+        if self.is_used() and not buffer.is_as_seen(self._links, not self.trusts):
+            self.link_gradients()
+            for linked in self.buffers:
+                linked.see(self._links, [(p, self._grads.get(p)) for p in linked.params if p in self._places])
 
     def link_gradients(self) -> None:
         """Copies gradients that are elsewhere to their places. What does not fit there stays where it is."""
@@ -210,10 +261,12 @@ class Flat:
             for p, (buffer, index) in self._places.items():
                 grad = p.grad
                 if grad is None and not (self.trusts and p.requires_grad):
+                    self._free(p)
+                    self._await(p)
                     continue
                 place = self._grads.get(p)
                 if place is None or not buffer.is_grad(place, index):
-                    place = self._grads[p] = buffer.grad(index)  # somebody has set its data, if there was one
+                    place = buffer.grad(index)  # somebody has set its data, if there was one
                 if grad is None:
                     missing.append((p, place))
                 elif grad is not place:
@@ -222,22 +275,60 @@ class Flat:
             for position, (p, place, grad) in enumerate(moves):
                 if not _is_in(grad, place):
                     moves[position] = p, place, self._apart(grad)
-            for p, place in missing:
-                p.grad = place.zero_()
             for p, place, grad in moves:
                 if not _fits(grad, place):
                     p.grad = grad
-                    continue
-                if not _is_in(grad, place):
-                    place.copy_(grad)
-                p.grad = place
+                    self._free(p)
+            self._links += bool(moves or missing or self._unused)
+            for place in self._unused:
+                place.zero_()
+            self._unused.clear()
+            for p, place in missing:
+                p.grad = self._grads[p] = place.zero_()
+            for p, place, grad in moves:
+                if _fits(grad, place):
+                    self._link(p, place, grad)
+
+    def _link(self, p, place, grad):
+        if not _is_in(grad, place):
+            place.copy_(grad)
+        p.grad = self._grads[p] = place
+        self._cancel(p)
+
+    def _free(self, p):
+        """The place of a parameter that has no gradient there."""
+        if self._grads.pop(p, None) is not None:
+            buffer, index = self._places[p]
+            self._unused.append(buffer.grad(index))
+
+    def _await(self, p):
+        """Autograd puts a first gradient elsewhere: it is to be in its place before the buffer is reduced."""
+        if p.requires_grad and p not in self._awaited:
+            self._places[p][0].make_grads()  # now: backward passes may have several threads
+            self._awaited[p] = _FirstGradient(self, p)
+
+    def _cancel(self, p):
+        awaited = self._awaited.pop(p, None)
+        if awaited is not None:
+            awaited.remove()
+
+    def take_first(self, p: torch.Tensor) -> None:
+        """Links what a backward pass has made; a gradient that is differentiated through is left to the step."""
+        grad, (buffer, index) = p.grad, self._places[p]
+        if grad is None or grad.requires_grad:
+            return
+        place = buffer.grad(index)
+        if _fits(grad, place):
+            with torch.no_grad():
+                self._link(p, place, grad)
+            self._links += 1
 
     def _apart(self, grad):
         """A copy of a gradient that lies in one of the buffers."""
         if grad.layout is not torch.strided or not _has_memory(grad):
             return grad
         memory = grad.untyped_storage().data_ptr()
-        wholes = (buffer.grads for buffer in self.buffers if buffer.grads is not None)
+        wholes = (buffer.grads_as_they_are for buffer in self.buffers if buffer.grads_as_they_are is not None)
         return grad.clone() if any(memory == whole.untyped_storage().data_ptr() for whole in wholes) else grad
 
     def zero_grad(self, set_to_none: bool) -> None:
@@ -245,11 +336,13 @@ class Flat:
         self.let_go()
         with torch.no_grad():
             for buffer in self.buffers:
-                if buffer.grads is not None:
-                    buffer.grads.zero_()
+                if buffer.grads_as_they_are is not None:
+                    buffer.grads_as_they_are.zero_()
+            self._unused.clear()
             for p in [] if self.trusts else self._strays():
                 if set_to_none:
                     p.grad = None
+                    self._await(p)
                     continue
                 if p.grad.grad_fn is not None:
                     p.grad.detach_()
@@ -283,6 +376,7 @@ class Flat:
                         if place is not None:
                             own[name] = place.copy_(value)
         optimizer.state = _States(optimizer.state, self)
+        self.link_gradients()  # what was loaded may have thawed some
 
     def watched(self, state: dict) -> _State:
         """A copy that says when it changes."""
@@ -340,6 +434,34 @@ class Flat:
 
     def _expected(self):
         return [self._grads.get(p) for p in self._params()]
+
+
+class _FirstGradient:
+    """A hook of autograd's, until a parameter's gradient is in its place. Copies of the parameter do not have it."""
+
+    def __init__(self, flat, p):
+        self._flat = weakref.ref(flat)
+        self._handle = p.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, p):
+        if torch.compiler.is_compiling():
+            return  # compiled autograd cannot trace it; the gradient is linked when `grads` is asked for
+        flat = self._flat()
+        if flat is None or not flat.is_used():
+            self.remove()
+        else:
+            flat.take_first(p)
+
+    def remove(self):
+        self._handle.remove()
+
+
+@freezing.on_change
+def _follow(parameters):
+    """Frozen parameters have no gradients any more, thawed ones will."""
+    for flat in list(_flattened):
+        if flat.is_used() and any(p in flat for p in parameters):
+            flat.link_gradients()
 
 
 def _capturing():

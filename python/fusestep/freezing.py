@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,20 @@ def changes() -> int:
     return _changes
 
 
-def _announce():
+_followers: list[Callable[[list[torch.Tensor]], None]] = []
+
+
+def on_change(follower: Callable[[list[torch.Tensor]], None]) -> Callable[[list[torch.Tensor]], None]:
+    """Has it called with the parameters after every freeze and thaw."""
+    _followers.append(follower)
+    return follower
+
+
+def _announce(parameters):
     global _changes
     _changes += 1
+    for follower in _followers:
+        follower(parameters)
 
 
 def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -49,10 +61,10 @@ def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.opt
     Raises InvalidArgument if something matches no parameter, and changes nothing.
     """
     parameters = parameters_of(what, model, names_of(model, optimizer))
-    _announce()
     for p in parameters:
         p.requires_grad_(False)
         p.grad = None  # a step does not look at requires_grad
+    _announce(parameters)
 
 
 def thaw(
@@ -93,11 +105,11 @@ def thaw(
         _Regrouping(optimizer, parameters, settings, names, _several(scheduler)).apply()
     elif settings or scheduler is not None:
         raise InvalidArgument("settings and schedulers are those of an optimizer: pass optimizer=")
-    _announce()
     for p in parameters:
         if not p.requires_grad:
             p.grad = None  # of before it was frozen
             p.requires_grad_(True)
+    _announce(parameters)
 
 
 class Freezable:
