@@ -31,6 +31,12 @@ def check_limit(name: str, limit: Any) -> None:
     raise InvalidArgument(f"{name} must be None or a number >= 0, got {limit!r}")
 
 
+def check_flag(name: str, flag: Any) -> None:
+    """Of skip_nonfinite and keep_scaled_grads."""
+    if not isinstance(flag, (bool, int)) or flag not in (0, 1):
+        raise InvalidArgument(f"{name} must be True or False, got {flag!r}")
+
+
 def scalar_of(number: Any) -> torch.Tensor | None:
     """A loss scale as the engine reads it; None stays."""
     number = whole(number)

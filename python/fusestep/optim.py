@@ -23,7 +23,7 @@ from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .flat import FlatBuffer, _capturing, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
-from .gradients import CommonNorm, check_limit, is_sharded, scalar_of, scaled_grads, unscale
+from .gradients import CommonNorm, check_flag, check_limit, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
 from .state import SLOTS
 from .summary import Summarizable, Summary, summary
@@ -62,6 +62,20 @@ def _outside_graphs(step):
     return outside
 
 
+class _Setting:
+    """An attribute that is checked when it is set, and read like any other: from the instance's dict."""
+
+    def __init__(self, default, check):
+        self.default, self._check = default, check
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __set__(self, optimizer, value):
+        self._check(self._name, value)
+        optimizer.__dict__[self._name] = value
+
+
 class _FusedStep(Checkpoints, Freezable, Summarizable):
     """`step` by the engine, for the torch class that is the next base."""
 
@@ -70,12 +84,12 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     _missing_keys = {}  # of groups, where torch's class is too old to have them
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf
 
-    # As pickles of before they existed have them.
-    max_grad_norm = clip_value = None
-    skip_nonfinite = keep_scaled_grads = False
+    max_grad_norm, clip_value = _Setting(None, check_limit), _Setting(None, check_limit)
+    skip_nonfinite, keep_scaled_grads = _Setting(False, check_flag), _Setting(False, check_flag)
     _norm_apart = None  # of the last step, where the engine has not measured it
     _skipped_apart = 0  # steps the engine has not seen
     _flat = None  # of flat groups
+    _checked_options = None  # of all groups, at the last step
 
     def __init__(
         self,
@@ -90,19 +104,18 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         keep_scaled_grads=False,
         **kwargs,
     ):
-        check_limit("max_grad_norm", max_grad_norm)
-        check_limit("clip_value", clip_value)
+        self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
+        self.skip_nonfinite, self.keep_scaled_grads = skip_nonfinite, keep_scaled_grads
         options = {"state_dtype": state_dtype, "master_weights": master_weights, "rounding": rounding, "seed": seed}
         precision.check_group({**options, "params": []}, type(self).__name__)
         # torch's constructor adds groups.
         self._defaults_of_options = {**self._missing_keys, **precision.given(options)}
         super().__init__(*args, **kwargs)
         self.defaults.update(self.__dict__.pop("_defaults_of_options"))
-        self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
-        self.skip_nonfinite, self.keep_scaled_grads = bool(skip_nonfinite), bool(keep_scaled_grads)
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        # Pickles of before they existed lack them.
+        super().__setstate__({**{name: vars(_FusedStep)[name].default for name in _OWN_SETTINGS}, **state})
         for group in self.param_groups:
             group.update(self._missing_keys)  # a loaded one may be of the other class
 
@@ -152,9 +165,41 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._flat is None or capturing or not self._step_again():
-            self._step_anew(capturing)
+        try:
+            self._check_options()
+            if self._flat is None or capturing or not self._step_again():
+                self._step_anew(capturing)
+        except Exception as error:
+            self._let_go_of_scaler()
+            self._refuse_settings(error)
+            raise
         return loss
+
+    def _check_options(self):
+        """Those edited in `param_groups`, as the constructor does; nothing where they are what they were."""
+        options = [precision.has_none(group) or precision.options_in(group) for group in self.param_groups]
+        if options != self._checked_options:
+            for index, group in enumerate(self.param_groups):
+                precision.check_group(group, f"group {index}")
+            self._checked_options = options
+
+    def _let_go_of_scaler(self):
+        """GradScaler takes its scale away after steps that were made, and multiplies what it finds by the next one."""
+        frame = sys._getframe()
+        while (frame := frame.f_back) is not None:
+            if frame.f_globals.get("__name__") == "torch.amp.grad_scaler":
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+
+    def _refuse_settings(self, error):
+        """Raises InvalidArgument where a setting is what made reading them fail."""
+        for index, group in enumerate(self.param_groups):
+            for name in _NUMBERS & self.defaults.keys() & group.keys():
+                if not _is_number(group[name]):
+                    raise InvalidArgument(f"group {index}: {name} must be a number, got {group[name]!r}") from error
+            betas = group.get("betas")
+            if betas is not None and not _are_two_numbers(betas):
+                raise InvalidArgument(f"group {index}: betas must be two numbers, got {betas!r}") from error
 
     def _step_again(self):
         """A step of flat groups in which nothing is where it was not before; False: it may not be, and was not made."""
@@ -230,7 +275,11 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
 
         A step outside of graphs does it by itself, and a tensor `lr` on the device is read there.
         """
-        self._stepper.sync_hyper(self.param_groups)
+        try:
+            self._stepper.sync_hyper(self.param_groups)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._refuse_settings(error)
+            raise
 
     def _refuse_missing_gradients(self):
         for index, group in enumerate(self.param_groups):
@@ -508,9 +557,36 @@ def _check_capturable(optimizer):
 
 def _no_capture(optimizer, p, index, why):
     names = optimizer.param_groups[index].get("param_names")
-    position = next(i for i, member in enumerate(optimizer.param_groups[index]["params"]) if member is p)
+    position = _place_in(optimizer.param_groups[index], p)
     name = f"'{names[position]}'" if names else str(position)
     return InvalidArgument(f"the step cannot be captured into a CUDA graph: parameter {name} of group {index} {why}")
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+_NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "alpha"}
+
+
+def _place_in(group, p):
+    return next(i for i, member in enumerate(group["params"]) if member is p)
+
+
+def _is_number(value):
+    """Or a tensor of one."""
+    if torch.is_tensor(value):
+        return value.numel() == 1
+    try:
+        math.fabs(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _are_two_numbers(values):
+    try:
+        return len(values) == 2 and all(map(_is_number, values))
+    except TypeError:
+        return False
 
 
 # ---- state -------------------------------------------------------------------------------------
