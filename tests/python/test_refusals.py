@@ -329,3 +329,38 @@ def test_settings_are_named_where_a_graphs_are_brought_along():
     mine.param_groups[0]["momentum"] = "x"
     with pytest.raises(WRONG, match="group 0: momentum must be a number, got 'x'"):
         mine.sync_hyper()
+
+
+def test_large_tables_with_sparse_gradients_are_not_copied(monkeypatch):
+    """torch's SGD takes them, which is known; what it may refuse is tried on copies."""
+    table = torch.nn.Parameter(support.tensors((6, 3))[0].detach().clone())
+    copied = []
+    monkeypatch.setattr(
+        fusestep.optim, "_twin", lambda tensor, made=fusestep.optim._twin: copied.append(1) or made(tensor)
+    )
+    mine = fusestep.optim.SGD([table], lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match="sparse"):
+        for _ in range(2):
+            table.grad = torch.ones_like(table).to_sparse()
+            mine.step()
+    assert not copied
+    table.grad = torch.ones_like(table)
+    with pytest.raises(RuntimeError):  # beside a sparse buffer
+        mine.step()
+    assert copied
+
+
+def test_settings_that_older_pickles_lack():
+    mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1, max_grad_norm=1.0, skip_nonfinite=1)
+    params_of(mine)[0].grad = torch.ones(2)
+    mine.step()
+    kept = {name: value for name, value in mine.__getstate__().items() if name not in fusestep.optim._OWN_SETTINGS}
+    other = object.__new__(fusestep.optim.SGD)
+    other.__setstate__(kept)
+    assert (other.max_grad_norm, other.clip_value, other.skip_nonfinite, other.keep_scaled_grads) == (
+        None,
+        None,
+        False,
+        False,
+    )
+    other.step()
