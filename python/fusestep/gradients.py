@@ -31,6 +31,12 @@ def check_limit(name: str, limit: Any) -> None:
     raise InvalidArgument(f"{name} must be None or a number >= 0, got {limit!r}")
 
 
+def check_flag(name: str, flag: Any) -> None:
+    """Of skip_nonfinite and keep_scaled_grads."""
+    if not isinstance(flag, (bool, int)) or flag not in (0, 1):
+        raise InvalidArgument(f"{name} must be True or False, got {flag!r}")
+
+
 def scalar_of(number: Any) -> torch.Tensor | None:
     """A loss scale as the engine reads it; None stays."""
     number = whole(number)
@@ -50,8 +56,13 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
     for group in groups:
         for p in group["params"]:
             if p.grad is not None:
-                grad = p.grad._values() if p.grad.layout is torch.sparse_coo else local(p.grad)
-                grads.setdefault((grad.device, grad.dtype), {})[id(grad)] = grad
+                whole_grad = p.grad
+                if whole_grad.layout is torch.sparse_coo:
+                    key, grad = id(whole_grad), whole_grad._values()  # an object of its own each time
+                else:
+                    grad = local(whole_grad)
+                    key = id(grad)
+                grads.setdefault((grad.device, grad.dtype), {})[key] = grad
     for (device, _), alike in grads.items():
         divisor = loss_scale.to(device).reshape(())
         if found_inf is not None:
@@ -87,14 +98,17 @@ def scaled_grads(parameters: Iterable[tuple[torch.Tensor, bool]], multiplier: An
     Args:
         parameters: (parameter, whether autograd has to see what is done).
     """
-    before = [(p, p.grad) for p, _ in parameters]
+    differentiable = dict(parameters)  # one may be listed twice
+    before = {p: p.grad for p in differentiable}
+    for p, grad in before.items():
+        p.grad = grad  # raises where torch would not take it back
     try:
-        for p, differentiable in parameters:
-            with torch.set_grad_enabled(differentiable):
-                p.grad = _clamped(p.grad * multiplier.to(p.grad.device), clip_value)
+        for p, grad in before.items():
+            with torch.set_grad_enabled(differentiable[p]):
+                p.grad = _clamped(grad * multiplier.to(grad.device), clip_value)
         yield
     finally:
-        for p, grad in before:
+        for p, grad in before.items():
             p.grad = grad
 
 

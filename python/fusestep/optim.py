@@ -7,9 +7,11 @@ and checkpoints from it; only `step` is ours: one call into C++ for all groups. 
 is listed in docs/differences.md.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import sys
 import warnings
@@ -23,7 +25,7 @@ from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .flat import FlatBuffer, _capturing, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
-from .gradients import CommonNorm, check_limit, is_sharded, scalar_of, scaled_grads, unscale
+from .gradients import CommonNorm, check_flag, check_limit, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
 from .state import SLOTS
 from .summary import Summarizable, Summary, summary
@@ -62,6 +64,20 @@ def _outside_graphs(step):
     return outside
 
 
+class _Setting:
+    """An attribute that is checked when it is set, and read like any other: from the instance's dict."""
+
+    def __init__(self, default, check):
+        self.default, self._check = default, check
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __set__(self, optimizer, value):
+        self._check(self._name, value)
+        optimizer.__dict__[self._name] = value
+
+
 class _FusedStep(Checkpoints, Freezable, Summarizable):
     """`step` by the engine, for the torch class that is the next base."""
 
@@ -70,12 +86,12 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     _missing_keys = {}  # of groups, where torch's class is too old to have them
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf
 
-    # As pickles of before they existed have them.
-    max_grad_norm = clip_value = None
-    skip_nonfinite = keep_scaled_grads = False
+    max_grad_norm, clip_value = _Setting(None, check_limit), _Setting(None, check_limit)
+    skip_nonfinite, keep_scaled_grads = _Setting(False, check_flag), _Setting(False, check_flag)
     _norm_apart = None  # of the last step, where the engine has not measured it
     _skipped_apart = 0  # steps the engine has not seen
     _flat = None  # of flat groups
+    _checked_options = None  # of all groups, at the last step
 
     def __init__(
         self,
@@ -90,19 +106,18 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         keep_scaled_grads=False,
         **kwargs,
     ):
-        check_limit("max_grad_norm", max_grad_norm)
-        check_limit("clip_value", clip_value)
+        self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
+        self.skip_nonfinite, self.keep_scaled_grads = skip_nonfinite, keep_scaled_grads
         options = {"state_dtype": state_dtype, "master_weights": master_weights, "rounding": rounding, "seed": seed}
         precision.check_group({**options, "params": []}, type(self).__name__)
         # torch's constructor adds groups.
         self._defaults_of_options = {**self._missing_keys, **precision.given(options)}
         super().__init__(*args, **kwargs)
         self.defaults.update(self.__dict__.pop("_defaults_of_options"))
-        self.max_grad_norm, self.clip_value = max_grad_norm, clip_value
-        self.skip_nonfinite, self.keep_scaled_grads = bool(skip_nonfinite), bool(keep_scaled_grads)
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        # Pickles of before they existed lack them.
+        super().__setstate__({**{name: vars(_FusedStep)[name].default for name in _OWN_SETTINGS}, **state})
         for group in self.param_groups:
             group.update(self._missing_keys)  # a loaded one may be of the other class
 
@@ -152,9 +167,41 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._flat is None or capturing or not self._step_again():
-            self._step_anew(capturing)
+        try:
+            self._check_options()
+            if self._flat is None or capturing or not self._step_again():
+                self._step_anew(capturing)
+        except Exception as error:
+            self._let_go_of_scaler()
+            self._refuse_settings(error)
+            raise
         return loss
+
+    def _check_options(self):
+        """Those edited in `param_groups`, as the constructor does; nothing where they are what they were."""
+        options = [precision.has_none(group) or precision.options_in(group) for group in self.param_groups]
+        if options != self._checked_options:
+            for index, group in enumerate(self.param_groups):
+                precision.check_group(group, f"group {index}")
+            self._checked_options = options
+
+    def _let_go_of_scaler(self):
+        """GradScaler takes its scale away after steps that were made, and multiplies what it finds by the next one."""
+        frame = sys._getframe()
+        while (frame := frame.f_back) is not None:
+            if frame.f_globals.get("__name__") == "torch.amp.grad_scaler":
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+
+    def _refuse_settings(self, error):
+        """Raises InvalidArgument where a setting is what made reading them fail."""
+        for index, group in enumerate(self.param_groups):
+            for name in _NUMBERS & self.defaults.keys() & group.keys():
+                if not _is_number(group[name]):
+                    raise InvalidArgument(f"group {index}: {name} must be a number, got {group[name]!r}") from error
+            betas = group.get("betas")
+            if betas is not None and not _are_two_numbers(betas):
+                raise InvalidArgument(f"group {index}: betas must be two numbers, got {betas!r}") from error
 
     def _step_again(self):
         """A step of flat groups in which nothing is where it was not before; False: it may not be, and was not made."""
@@ -180,15 +227,15 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if unready:
             self._step_with_unready(unready, found_inf, loss_scale)
             return
-        if stores and not self._stepper.can_store_grads():
-            unscale(self.param_groups, loss_scale, found_inf)
-            stores, loss_scale = False, None
+        divides_apart = stores and not self._stepper.can_store_grads()
         norm = None
         if self._measures():
             pairs = self._pairs()
             if is_sharded(pairs) or self._stepper.takes_turns():
                 norm = CommonNorm(pairs, loss_scale)
-        self._run(found_inf, loss_scale, stores, norm)
+        self._run(found_inf, loss_scale, stores and not divides_apart, norm)
+        if divides_apart:
+            unscale(self.param_groups, loss_scale, found_inf)
         if self._flat is not None:
             self._flat.remember()
 
@@ -230,7 +277,11 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
 
         A step outside of graphs does it by itself, and a tensor `lr` on the device is read there.
         """
-        self._stepper.sync_hyper(self.param_groups)
+        try:
+            self._stepper.sync_hyper(self.param_groups)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._refuse_settings(error)
+            raise
 
     def _refuse_missing_gradients(self):
         for index, group in enumerate(self.param_groups):
@@ -272,11 +323,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if found_inf is not None and float(found_inf) != 0:
             return self._skip(None)  # waits for the device, so that a skipped step makes no state
         why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, _, p in unready}
-        for index, position, p in unready:
-            self._refuse_torch(why[p], index, position, p)
-        if loss_scale is not None and not self.keep_scaled_grads:
-            unscale(self.param_groups, loss_scale, None)
-            loss_scale = None
+        for index, _, p in unready:
+            self._refuse_torch(why[p], index, p)
         # The engine has their addresses: they live until it has stepped.
         grads = {p: grad_placed_as(p) for _, _, p in unready if why[p] is None}
         norm, pairs = None, [(p, grads.get(p, grad)) for p, grad in self._pairs()]
@@ -284,16 +332,28 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             norm = CommonNorm(pairs, loss_scale)
             if self.skip_nonfinite and float(norm.nonfinite) != 0:
                 return self._skip(norm)
-        left_to_torch, copies, fresh = [[] for _ in self.param_groups], [], set()
+        with _NewState(self.state, self._flat) as states:
+            copies, left_to_torch = self._take(unready, why, grads, states)
+            if self._measures() and norm is None and (any(left_to_torch) or self._stepper.takes_turns()):
+                norm = CommonNorm(pairs, loss_scale)
+            elif not is_sharded(pairs) and not any(left_to_torch) and not self._stepper.takes_turns():
+                norm = None  # the engine's, whose bits do not depend on anything
+            self._step_by_torch(left_to_torch, states, norm, loss_scale)  # first: it may refuse
+            self._run(None, loss_scale, False, norm)
+        for copy in copies:
+            copy.write_back()
+        torch.autograd.graph.increment_version([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
+        if loss_scale is not None and not self.keep_scaled_grads:
+            unscale(self.param_groups, loss_scale, None)
+
+    def _take(self, unready, why, grads, states):
+        """Makes their state and hands them to the engine: (copies to write back, who is left to torch by group)."""
+        copies, left_to_torch, fresh = [], [[] for _ in self.param_groups], set()
         for index, position, p in unready:
-            group, state = self.param_groups[index], self.state.get(p)
-            if state is None:
-                state = {} if self._flat is None else self._flat.watched({})
+            group, state = self.param_groups[index], states[p]
             if why[p] is None:
                 if _complete(state, self._names_of_state(p, group), p, group, self._flat):
-                    fresh.add(p)
-                if state:
-                    self.state[p] = state
+                    fresh.add(p)  # of a parameter that is listed twice, both times
                 if self._stepper.add(index, position, p, grads[p], state, p in fresh):
                     continue
                 copy = _DenseCopy(p, grads[p], state)
@@ -301,54 +361,77 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     copies.append(copy)
                     continue
                 why[p] = "whose gradient or state has another dtype or shape"
-                self._refuse_torch(why[p], index, position, p)
+                self._refuse_torch(why[p], index, p)
+                if p not in self.state:
+                    states.take_back(p)  # torch makes its own
             left_to_torch[index].append((p, why[p]))
-        if self._measures() and norm is None and (any(left_to_torch) or self._stepper.takes_turns()):
-            norm = CommonNorm(pairs, loss_scale)
-        elif not is_sharded(pairs) and not any(left_to_torch) and not self._stepper.takes_turns():
-            norm = None  # the engine's, whose bits do not depend on anything
-        self._step_by_torch(left_to_torch, norm, loss_scale)  # first: it may refuse
-        self._run(None, loss_scale, False, norm)
-        for copy in copies:
-            copy.write_back()
-        torch.autograd.graph.increment_version([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
+        return copies, left_to_torch
 
-    def _refuse_torch(self, why, index, position, p):
+    def _refuse_torch(self, why, index, p):
         """Raises InvalidArgument where torch's own step would leave out what the group asks for."""
-        needed = precision.effect_on(p, self.param_groups[index], self.state.get(p, {}))
-        if why is not None and needed is not None:
-            raise _core.InvalidArgument(
-                f"parameter {position} of {p.dtype} has {needed}, but parameters {why} are left to torch's own step, "
-                "which has not"
-            )
+        group, state = self.param_groups[index], self.state.get(p, {})
+        needed = precision.effect_on(p, group, state)
+        if why is None or needed is None:
+            return
+        where = precision.where(p, _place_in(group, p), group, f"group {index}")
+        misfit = precision.misfit(p, {name: state.get(name) for name in self._names_of_state(p, group)})
+        if misfit is not None:
+            raise InvalidArgument(f"{where}: {misfit}, with {needed}")
+        raise InvalidArgument(f"{where} has {needed}, but parameters {why} are left to torch's own step, which has not")
 
     def _skip(self, norm):
         """A step that the host knows to be skipped."""
         self._skipped_apart += 1
         self._norm_apart = self._no_norm() if norm is None else norm.norm
 
-    def _step_by_torch(self, left, norm, loss_scale):
+    def _step_by_torch(self, left, states, norm, loss_scale):
         """torch's own step for (parameter, why) of each group: on a stand-in, without hooks and GradScaler."""
         if not any(left):
             return
+        members = [[p for p, _ in own] for own in left]
+        multiplier = None if norm is None else norm.coefficient(self.max_grad_norm)
+        if loss_scale is not None:
+            wide = loss_scale if loss_scale.device.type == "mps" else loss_scale.double()
+            multiplier = wide.reciprocal().reshape(()) * (1 if multiplier is None else multiplier)
+        self._rehearse(members, states)
+        with contextlib.ExitStack() as stack:
+            if multiplier is not None or self.clip_value is not None:
+                pairs = zip(self.param_groups, members, strict=True)
+                told = [(p, group["differentiable"]) for group, own in pairs for p in own]
+                one = torch.ones((), dtype=torch.float64, device="cpu")
+                stack.enter_context(scaled_grads(told, one if multiplier is None else multiplier, self.clip_value))
+            self._run_torch(members, states)
+        states.keep(p for own in members for p in own)
+        for why in {why for own in left for _, why in own} - {_DIFFERENTIABLE}:
+            _warn_once(type(self).__name__, why)
+
+    def _rehearse(self, members, states):
+        """torch's own step on copies of those it may refuse: it would do so with others moved already."""
+        doubtful = [
+            [p for p in own if _torch_may_refuse(p, states[p], group, self._state_names(group))]
+            for group, own in zip(self.param_groups, members, strict=True)
+        ]
+        if not any(doubtful):
+            return
+        twins = [[_twin_with_grad(p) for p in own] for own in doubtful]
+        twin_states = collections.defaultdict(dict)
+        for twin, p in zip(itertools.chain(*twins), itertools.chain(*doubtful), strict=True):
+            if states[p]:
+                twin_states[twin] = {
+                    name: _twin(value) if torch.is_tensor(value) else value for name, value in states[p].items()
+                }
+        self._run_torch(twins, twin_states)
+
+    def _run_torch(self, members, states):
         stand_in = self._stand_in()
         stand_in.__dict__.pop("grad_scale", None)
         stand_in.__dict__.pop("found_inf", None)
+        stand_in.state = states
         stand_in.param_groups = [
-            {**group, "params": [p for p, _ in members], "foreach": False, "fused": False}
-            for group, members in zip(self.param_groups, left, strict=True)
+            {**group, "params": own, "foreach": False, "fused": False}
+            for group, own in zip(self.param_groups, members, strict=True)
         ]
-        multiplier = None if norm is None else norm.coefficient(self.max_grad_norm)
-        if loss_scale is not None:
-            multiplier = loss_scale.double().reciprocal().reshape(()) * (1 if multiplier is None else multiplier)
-        with contextlib.ExitStack() as stack:
-            if multiplier is not None or self.clip_value is not None:
-                members = [(p, group["differentiable"]) for group in stand_in.param_groups for p in group["params"]]
-                one = torch.ones((), dtype=torch.float64, device="cpu")
-                stack.enter_context(scaled_grads(members, one if multiplier is None else multiplier, self.clip_value))
-            _without_hooks(self._torch_class.step)(stand_in)
-        for why in {why for members in left for _, why in members} - {_DIFFERENTIABLE}:
-            _warn_once(type(self).__name__, why)
+        _without_hooks(self._torch_class.step)(stand_in)
 
     @property
     def _names_of_slots(self):
@@ -518,12 +601,80 @@ def _check_capturable(optimizer):
 
 def _no_capture(optimizer, p, index, why):
     names = optimizer.param_groups[index].get("param_names")
-    position = next(i for i, member in enumerate(optimizer.param_groups[index]["params"]) if member is p)
+    position = _place_in(optimizer.param_groups[index], p)
     name = f"'{names[position]}'" if names else str(position)
     return InvalidArgument(f"the step cannot be captured into a CUDA graph: parameter {name} of group {index} {why}")
 
 
+# ---- settings ----------------------------------------------------------------------------------
+
+_NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening", "alpha"}
+
+
+def _place_in(group, p):
+    return next(i for i, member in enumerate(group["params"]) if member is p)
+
+
+def _is_number(value):
+    """Or a tensor of one."""
+    if torch.is_tensor(value):
+        return value.numel() == 1
+    try:
+        math.fabs(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _are_two_numbers(values):
+    try:
+        return len(values) == 2 and all(map(_is_number, values))
+    except TypeError:
+        return False
+
+
 # ---- state -------------------------------------------------------------------------------------
+
+
+class _NewState(collections.defaultdict):
+    """`optimizer.state`, copied dict by dict. What is made in it is the optimizer's when the step has been made.
+
+    A step that is refused, or fails for want of memory, has made none.
+    """
+
+    def __init__(self, states, flat):
+        super().__init__()
+        self._states, self._flat = states, flat
+        self._handed_out = None if flat is None else set(flat._handed_out)
+
+    def __missing__(self, p):
+        own = self[p] = dict(self._states.get(p, ()))
+        return own
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        if error is None:
+            self.keep(list(self))
+        elif self._flat is not None:
+            self._flat._handed_out &= self._handed_out
+
+    def keep(self, parameters):
+        for p in parameters:
+            made = self.pop(p, {})
+            own = self._states.get(p)
+            if own is None and made:
+                own = self._states[p] = {} if self._flat is None else self._flat.watched({})
+            for name, value in made.items():
+                if name not in own or own[name] is not value:
+                    own[name] = value
+
+    def take_back(self, p):
+        """What was made for this parameter."""
+        made = {(p, name) for name in self.pop(p)}
+        if self._flat is not None:
+            self._flat._handed_out -= made - self._handed_out
 
 
 def _complete(state, names, p, group, flat):
@@ -628,6 +779,43 @@ def _is_wrapper(tensor):
         return tensor.numel() != 0 and tensor.data_ptr() == tensor.storage_offset() * tensor.element_size()
     except RuntimeError:
         return True
+
+
+def _torch_may_refuse(p, state, group, names):
+    """False where torch's own step is known to go through. Large tables with sparse gradients are such."""
+    if state and "step" in names and any(name not in state for name in names):
+        return True
+    if group["differentiable"] and p.is_leaf and p.requires_grad:
+        return True
+    slots = [value for name, value in state.items() if name in names and name != "step" and value is not None]
+    if not all(map(torch.is_tensor, slots)) or p.dtype.itemsize == 1:
+        return True
+    if p.grad.layout is torch.sparse_coo and "step" not in names:  # of SGD
+        return bool(group["weight_decay"]) or p.grad.dtype != p.dtype or any(not slot.is_sparse for slot in slots)
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return any(
+        type(t) not in plain or (t.layout, t.dtype, t.shape) != (torch.strided, p.dtype, p.shape)
+        for t in (p, p.grad, *slots)
+    )
+
+
+def _twin_with_grad(p):
+    twin, grad = _twin(p), _twin(p.grad)
+    try:
+        twin.grad = grad
+    except RuntimeError:  # of another dtype or shape: `grad_dtype` lets it be, and so does `p.data = t`
+        twin.grad = torch.zeros_like(p)
+        twin.grad.data = grad
+    return twin
+
+
+def _twin(tensor):
+    """A copy that autograd treats alike."""
+    twin = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    if tensor.is_leaf:
+        return twin
+    with torch.enable_grad():
+        return twin.clone()
 
 
 def _without_hooks(step):

@@ -74,22 +74,59 @@ def effect_on(p: torch.Tensor, group: Mapping[str, Any], state: Mapping[str, Any
     return None if state_dtype(p, group) == p.dtype else f"state of {state_dtype(p, group)}"
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
+def has_none(group: Mapping[str, Any]) -> bool:
+    return group.keys().isdisjoint(DEFAULTS)
+
+
+def options_in(group: Mapping[str, Any]) -> tuple:
+    """What check_group() looks at, parameters apart."""
+    return (*map(group.get, DEFAULTS), group.get("differentiable"))
+
+
+def where(p: torch.Tensor, index: int, group: Mapping[str, Any], group_text: str) -> str:
+    """A parameter, for messages: by its name, or by its place in the group."""
+    names = group.get("param_names", ())
+    shape = "" if torch.nn.parameter.is_lazy(p) else f" of shape {shape_text(p.shape)}"
+    name = f"'{names[index]}'" if index < len(names) else f"{index}{shape}"
+    return f"{group_text}, parameter {name} of {p.dtype}"
+
+
+def misfit(p: torch.Tensor, state: Mapping[str, Any]) -> str | None:
+    """What does not go with the parameter, of its gradient and these slots; None if nothing is known."""
+    wide = [torch.float32] if p.dtype in _HALVES else []
+    of_slots = [p.dtype, *filter(None, [_OTHER_STATE.get(p.dtype)])]
+    permitted = {"gradient": (p.grad, [p.dtype, *wide])}
+    for name, value in state.items():
+        if name != "step" and value is not None:
+            permitted[name] = value, [torch.float32] if name == MASTER else of_slots
+    for name, (tensor, dtypes) in permitted.items():
+        if not torch.is_tensor(tensor):
+            return f"its {name} must be a tensor, got {tensor!r}"
+        if tensor.shape != p.shape:
+            return f"its {name} must be of shape {shape_text(p.shape)}, got {shape_text(tensor.shape)}"
+        if tensor.dtype not in dtypes:
+            return f"its {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}"
+    slots = {name: tensor.dtype for name, (tensor, _) in permitted.items() if name not in ("gradient", MASTER)}
+    if len(set(slots.values())) > 1:
+        return f"its state must be of one dtype, got {', '.join(f'{name} of {dtype}' for name, dtype in slots.items())}"
+    return None
+
+
+def check_group(group: Mapping[str, Any], group_text: str) -> None:
     """Raises InvalidArgument for options that are none, and for those its parameters cannot have."""
     options = {name: group.get(name, default) for name, default in DEFAULTS.items()}
-    _check_values(options, where)
+    _check_values(options, group_text)
     stochastic, master = is_stochastic(options), bool(options["master_weights"])
     if stochastic and master:
         raise InvalidArgument(
-            f"{where}: rounding='stochastic' is for parameters without master weights, which lose nothing to be kept"
+            f"{group_text}: rounding='stochastic' is for parameters without master weights, "
+            "which lose nothing to be kept"
         )
     if group.get("differentiable") and given(options):
-        raise InvalidArgument(f"{where}: {', '.join(given(options))}: not with differentiable=True, torch's own step")
-    names = group.get("param_names", ())
+        text = f"{group_text}: {', '.join(given(options))}: not with differentiable=True, torch's own step"
+        raise InvalidArgument(text)
     for index, p in enumerate(group["params"]):
-        shape = "" if torch.nn.parameter.is_lazy(p) else f" of shape {shape_text(p.shape)}"
-        name = f"'{names[index]}'" if index < len(names) else f"{index}{shape}"
-        _check_parameter(p, options, f"{where}, parameter {name} of {p.dtype}")
+        _check_parameter(p, options, where(p, index, group, group_text))
 
 
 def _check_values(options, where):

@@ -84,6 +84,79 @@ def test_scaled_gradients_step_as_unscaled_ones(rule, keep, dtype, monkeypatch):
     assert mine.skipped_steps == 2
 
 
+def transposed(shape, dtype):
+    return torch.nn.Parameter(torch.ones(shape[::-1], dtype=dtype).t())
+
+
+def every_other(shape, dtype):
+    return torch.nn.Parameter(torch.ones(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2])
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+MASTERS = {"master_weights": True, "state_dtype": F32}
+# Of the parameters, and whose gradients the step cannot store.
+KEPT_OR_NOT = {
+    "float32": (F32, {}),
+    "float64": (torch.float64, {}),
+    "bfloat16": (BF16, {}),
+    "bfloat16, master": (BF16, MASTERS),
+    "bfloat16, stochastic": (BF16, {"rounding": "stochastic"}),
+    "float16": (F16, {}),
+    "float16, state float32": (F16, {"state_dtype": F32}),
+    "float16, master": (F16, MASTERS),
+}
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_grad_norm": 1e-8}], ids=["", "clipped"])
+@pytest.mark.parametrize("layout", KEPT_OR_NOT)
+@pytest.mark.parametrize("rule", RULES)
+def test_stored_gradients_are_rounded_after_the_step(rule, layout, limits):
+    """keep_scaled_grads changes no bit, the first step included, of quotients that underflow in memory too."""
+    dtype, options = KEPT_OR_NOT[layout]
+    runs = []
+    for keep in (False, True):
+        parameters = [*support.tensors((33, 7), (5,)), transposed((6, 4), dtype), every_other((3, 5), dtype)]
+        parameters = [torch.nn.Parameter(p.detach().to(dtype)) if p.dtype != dtype else p for p in parameters]
+        runs.append(make(rule, parameters, **options, **limits, keep_scaled_grads=keep))
+    for index in range(4):
+        for mine in runs:
+            support.set_grads(params_of(mine), seed=index, scale=1e-4)
+            with_scale = grads_of(mine)
+            mine.grad_scale, mine.found_inf = scalar(65536.0), scalar(0.0)
+            mine.step()
+            assert_same_grads(mine, with_scale if mine.keep_scaled_grads else [g / 65536 for g in with_scale])
+        support.assert_bits(*map(support.all_state, runs))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_that_underflow_when_they_are_divided_move_the_parameter(keep):
+    """Every step of three, and the first one as much as the next."""
+    (p,) = (torch.nn.Parameter(torch.ones(2, dtype=F16)),)
+    mine = fusestep.optim.SGD([p], lr=1e6, **MASTERS, keep_scaled_grads=keep)
+    for index in range(3):
+        p.grad = torch.full((2,), 6e-5, dtype=F16)
+        exact = 1 - (index + 1) * 1e6 * p.grad.double() / 65536
+        mine.grad_scale, mine.found_inf = scalar(65536.0), scalar(0.0)
+        mine.step()
+        assert ((mine.state[p]["master_weight"] - exact).abs() < 1e-6).all()
+
+
+@pytest.mark.filterwarnings("ignore:fusestep")
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("listed", [1, 2])
+def test_torchs_own_step_divides_once(listed, keep):
+    """A parameter that is listed twice steps twice, with the same gradient."""
+    (p,) = support.tensors((6, 3))
+    before = p.detach().clone()
+    mine = fusestep.optim.SGD([p] * listed, lr=1.0, keep_scaled_grads=keep)
+    p.grad = torch.full((6, 3), 8.0).to_sparse()
+    mine.grad_scale, mine.found_inf = scalar(8.0), scalar(0.0)
+    mine.step()
+    assert (p.grad.to_dense() == (8 if keep else 1)).all()
+    assert ((p.detach() - (before - listed)).abs() < 1e-6).all()
+
+
 def shared_between_parameters(parameters):
     grad = torch.ones(12)
     parameters[0].grad, parameters[1].grad = grad[:8], grad[4:]

@@ -1,0 +1,366 @@
+# Copyright 2026 The fusestep authors
+# SPDX-License-Identifier: Apache-2.0
+"""A step that is refused has not happened: it leaves nothing behind, and is made as if it were the first."""
+
+import collections
+
+import pytest
+import torch
+
+import device
+import fusestep
+import support
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def half_gradient(optimizer):
+    """float16 beside bfloat16."""
+    p = params_of(optimizer)[-1]
+    good = p.grad
+    p.grad_dtype = None
+    p.grad = good.to(F16)
+
+    def undo():
+        p.grad = good
+
+    return undo
+
+
+def sparse_gradient(optimizer):
+    p = params_of(optimizer)[-1]
+    good = p.grad
+    p.grad = good.to_sparse()
+
+    def undo():
+        p.grad = good
+
+    return undo
+
+
+def setting(name, value):
+    def spoil(optimizer):
+        group = optimizer.param_groups[-1]
+        before = dict(group)
+        group[name] = value
+
+        def undo():
+            group.clear()
+            group.update(before)
+
+        return undo
+
+    return spoil
+
+
+def differentiable(optimizer):
+    optimizer.defaults["differentiable"] = True  # torch goes by that
+    undo_group = setting("differentiable", True)(optimizer)
+
+    def undo():
+        optimizer.defaults["differentiable"] = False
+        undo_group()
+
+    return undo
+
+
+def state_of_another_shape(optimizer):
+    p = params_of(optimizer)[-1]
+    before = dict(optimizer.state[p]) if p in optimizer.state else None
+    optimizer.state[p] = {**(before or {}), "step": torch.tensor(1.0), "exp_avg": torch.zeros(7, dtype=p.dtype)}
+
+    def undo():
+        if before is None:
+            del optimizer.state[p]
+        else:
+            optimizer.state[p] = before
+
+    return undo
+
+
+Case = collections.namedtuple("Case", "rule dtype options spoil error text", defaults=({}, None, None, None))
+WRONG = fusestep.InvalidArgument
+# What is wrong with the second group, or its last parameter, and what is said.
+CASES = {
+    "gradient beside float32 state": Case(
+        "SGD",
+        BF16,
+        {"state_dtype": F32},
+        half_gradient,
+        WRONG,
+        r"group 1, parameter 1 of shape 5 of torch.bfloat16: its gradient must be torch.bfloat16 or torch.float32, "
+        r"got torch.float16",
+    ),
+    "gradient beside master weights": Case(
+        "Adam", BF16, {"master_weights": True}, half_gradient, WRONG, "group 1, parameter 1 .*, got torch.float16"
+    ),
+    "gradient, torch's own step": Case("Adam", BF16, {}, half_gradient, RuntimeError, "dtype"),
+    "sparse gradient": Case("Adam", F32, {}, sparse_gradient, RuntimeError, "does not support sparse gradients"),
+    "sparse gradient, weight decay": Case("SGD", F32, {"weight_decay": 0.1}, sparse_gradient, RuntimeError),
+    "sparse gradient, master weights": Case(
+        "SGD",
+        BF16,
+        {"master_weights": True},
+        sparse_gradient,
+        WRONG,
+        r"group 1, parameter 1 of shape 5 of torch.bfloat16 has master weights, but parameters with sparse",
+    ),
+    "state": Case(
+        "Adam",
+        BF16,
+        {"state_dtype": F32},
+        state_of_another_shape,
+        WRONG,
+        r"its exp_avg must be of shape 5, got 7",
+    ),
+    "state, torch's own step": Case("Adam", F32, {}, state_of_another_shape, RuntimeError),
+    "stochastic and master weights": Case(
+        "Adam",
+        BF16,
+        {"rounding": "stochastic"},
+        setting("master_weights", True),
+        WRONG,
+        "group 1: rounding='stochastic' is for parameters without master weights",
+    ),
+    "seed": Case(
+        "SGD", BF16, {"rounding": "stochastic"}, setting("seed", -5), WRONG, "group 1: seed must be .*, got -5"
+    ),
+    "seed of text": Case(
+        "SGD", BF16, {"rounding": "stochastic"}, setting("seed", "a"), WRONG, "group 1: seed must be .*, got 'a'"
+    ),
+    "rounding": Case("SGD", F32, {}, setting("rounding", "foo"), WRONG, "group 1: rounding must be .*, got 'foo'"),
+    "rounding of float16": Case(
+        "SGD", F16, {}, setting("rounding", "stochastic"), WRONG, "group 1, parameter 0 .* is for torch.bfloat16"
+    ),
+    "state_dtype": Case(
+        "Adam", F16, {}, setting("state_dtype", BF16), WRONG, "group 1, parameter 0 .*: state_dtype=torch.bfloat16"
+    ),
+    "lr": Case("Adam", F32, {}, setting("lr", "x"), WRONG, "group 1: lr must be a number, got 'x'"),
+    "weight decay": Case(
+        "SGD", F32, {}, setting("weight_decay", None), WRONG, "group 1: weight_decay must be a number, got None"
+    ),
+    "betas": Case(
+        "Adam", F32, {}, setting("betas", (0.9,)), WRONG, r"group 1: betas must be two numbers, got \(0.9,\)"
+    ),
+    "a beta": Case(
+        "Adam", F32, {}, setting("betas", (0.9, None)), WRONG, r"group 1: betas must be two numbers, got \(0.9, None\)"
+    ),
+    "a leaf, differentiable": Case("Adam", F32, {}, differentiable, RuntimeError, "in-place"),
+}
+AROUND = {
+    "": {},
+    "scaled": {},
+    "scaled, kept": {"keep_scaled_grads": True},
+    "clipped": {"max_grad_norm": 0.5},
+    "scaled, clipped": {"max_grad_norm": 0.5, "clip_value": 0.25, "skip_nonfinite": True},
+    "flat": {},
+}
+
+
+def make(case, around):
+    first, second, third = (
+        torch.nn.Parameter(p.detach().to(case.dtype)) for p in support.tensors((33, 7), (3,), (5,), seed=1)
+    )
+    settings = {**support.FULLEST[case.rule], **case.options, **AROUND[around]}
+    mine = support.ours(case.rule)([{"params": [first]}, {"params": [second, third]}], lr=0.1, **settings)
+    if around == "flat":
+        fusestep.optim.flatten(mine)
+    return mine
+
+
+def give_gradients(optimizer, index, around):
+    support.set_grads(params_of(optimizer), seed=index, scale=64.0 if "scaled" in around else 1.0)
+    if "scaled" in around:
+        optimizer.grad_scale = torch.tensor(64.0, device=device.DEFAULT)
+        optimizer.found_inf = torch.tensor(0.0, device=device.DEFAULT)
+
+
+def everything(optimizer):
+    """What a step may change: bits, which tensors they are in, and what autograd counts."""
+    found = {"state of": list(optimizer.state), "skipped": optimizer.skipped_steps}
+    for index, p in enumerate(params_of(optimizer)):
+        grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+        found[index] = [p.tolist(), p._version, grad.tolist()]
+        if not optimizer.flat_buffers:  # where a step begins with copying gradients to their places
+            found[index] += [id(p.grad), p.grad._version]
+        own = optimizer.state.get(p, {})
+        found[index, "state"] = {
+            name: (id(value), value.tolist(), value._version) if torch.is_tensor(value) else value
+            for name, value in own.items()
+        }
+    return found
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=support.needs_grad_dtype) if "gradient" in name else name for name in CASES]
+)
+@pytest.mark.parametrize("refused_at", [0, 2])
+def test_a_refused_step_has_not_happened(name, around, refused_at):
+    """Nothing has changed after it; and once what was wrong is gone, the run is the one without it."""
+    case = CASES[name]
+    mine, plain = make(case, around), make(case, around)
+    for index in range(4):
+        give_gradients(mine, index, around)
+        give_gradients(plain, index, around)
+        if index == refused_at:
+            undo = case.spoil(mine)
+            before = everything(mine)
+            for _ in range(2):
+                with pytest.raises(case.error, match=case.text):
+                    mine.step()
+                assert everything(mine) == before
+            undo()
+        mine.step()
+        plain.step()
+        support.assert_bits(support.all_state(mine), support.all_state(plain))
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(params_of(mine), params_of(plain), strict=True))
+
+
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_a_scale_is_taken_back_by_whom_it_was_given(with_scaler):
+    """GradScaler leaves its own behind if a step raises, and would multiply it by the next one."""
+    (p,) = support.tensors((3,))
+    mine = fusestep.optim.SGD([p], lr=1.0)
+    scaler = support.scaler(1024.0)
+    scaler.scale(torch.ones(1, device=device.DEFAULT))
+    p.grad = torch.full_like(p, 1024.0)
+    before = p.detach().clone()
+    for wrong in (True, False):
+        mine.param_groups[0]["lr"] = "x" if wrong else 1.0
+        if not with_scaler and wrong:
+            mine.grad_scale, mine.found_inf = torch.tensor(1024.0, device=device.DEFAULT), None
+        step = (lambda: scaler.step(mine)) if with_scaler else mine.step
+        if wrong:
+            with pytest.raises(WRONG):
+                step()
+    step()
+    assert torch.equal(p.detach(), before - 1) and (p.grad == 1).all()
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def failing(function, calls):
+    """The function, which has no memory from that call on."""
+    left = [calls]
+
+    def called(*args, **kwargs):
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("no memory")
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return called
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("rule", support.FULLEST)
+def test_a_step_without_memory_for_its_state_has_not_happened(rule, around, monkeypatch):
+    """Part of it was made. In a flat group it is found in the buffer again."""
+    case = Case(rule, BF16, {"state_dtype": F32, "master_weights": True})
+    mine, plain = make(case, around), make(case, around)
+    for optimizer in (mine, plain):
+        give_gradients(optimizer, 0, around)
+    before = everything(mine)
+    for calls in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(fusestep.optim, "_complete", failing(fusestep.optim._complete, calls))
+            with pytest.raises(torch.OutOfMemoryError):
+                mine.step()
+        assert everything(mine) == before
+    with monkeypatch.context() as patch:  # and in the midst of a parameter's
+        patch.setattr(fusestep.precision, "new_master", failing(fusestep.precision.new_master, 0))
+        if around != "flat":
+            with pytest.raises(torch.OutOfMemoryError):
+                mine.step()
+        assert everything(mine) == before
+    mine.step()
+    plain.step()
+    support.assert_bits(support.all_state(mine), support.all_state(plain))
+    for buffer in mine.flat_buffers:
+        for name, slot in buffer.slots.items():
+            memory = slot.untyped_storage().data_ptr()
+            assert all(mine.state[p][name].untyped_storage().data_ptr() == memory for p in buffer.params)
+
+
+def test_a_step_of_torchs_without_memory_has_not_happened(monkeypatch):
+    """torch makes its state before it moves anything of a group."""
+    dense, other = support.tensors((4,), (3,))
+    mine = fusestep.optim.Adam([{"params": [dense]}, {"params": [other], "differentiable": True}])
+    for p in (dense, other):
+        p.grad = torch.ones_like(p)
+    before = everything(mine)
+    monkeypatch.setattr(torch.optim.Adam, "_init_group", failing(torch.optim.Adam._init_group, 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        mine.step()
+    assert everything(mine) == before
+
+
+# ---- attributes --------------------------------------------------------------------------------
+
+WRONG_ATTRIBUTES = [
+    ("max_grad_norm", -1.0, "max_grad_norm must be None or a number >= 0, got -1.0"),
+    ("max_grad_norm", True, "max_grad_norm must be None or a number >= 0, got True"),
+    ("max_grad_norm", torch.tensor(1.0), "max_grad_norm must be None or a number >= 0, got tensor"),
+    ("clip_value", "1", "clip_value must be None or a number >= 0, got '1'"),
+    ("skip_nonfinite", "no", "skip_nonfinite must be True or False, got 'no'"),
+    ("keep_scaled_grads", None, "keep_scaled_grads must be True or False, got None"),
+]
+
+
+@pytest.mark.parametrize("attribute, value, text", WRONG_ATTRIBUTES, ids=str)
+def test_attributes_are_checked_when_they_are_set(attribute, value, text):
+    with pytest.raises(WRONG, match=text):
+        fusestep.optim.SGD(support.tensors((2,)), lr=0.1, **{attribute: value})
+    mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1)
+    before = getattr(mine, attribute)
+    with pytest.raises(WRONG, match=text):
+        setattr(mine, attribute, value)
+    assert getattr(mine, attribute) is before
+
+
+def test_settings_are_named_where_a_graphs_are_brought_along():
+    mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1)
+    mine.param_groups[0]["momentum"] = "x"
+    with pytest.raises(WRONG, match="group 0: momentum must be a number, got 'x'"):
+        mine.sync_hyper()
+
+
+def test_large_tables_with_sparse_gradients_are_not_copied(monkeypatch):
+    """torch's SGD takes them, which is known; what it may refuse is tried on copies."""
+    table = torch.nn.Parameter(support.tensors((6, 3))[0].detach().clone())
+    copied = []
+    monkeypatch.setattr(
+        fusestep.optim, "_twin", lambda tensor, made=fusestep.optim._twin: copied.append(1) or made(tensor)
+    )
+    mine = fusestep.optim.SGD([table], lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match="sparse"):
+        for _ in range(2):
+            table.grad = torch.ones_like(table).to_sparse()
+            mine.step()
+    assert not copied
+    table.grad = torch.ones_like(table)
+    with pytest.raises(RuntimeError):  # beside a sparse buffer
+        mine.step()
+    assert copied
+
+
+def test_settings_that_older_pickles_lack():
+    mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1, max_grad_norm=1.0, skip_nonfinite=1)
+    params_of(mine)[0].grad = torch.ones(2)
+    mine.step()
+    kept = {name: value for name, value in mine.__getstate__().items() if name not in fusestep.optim._OWN_SETTINGS}
+    other = object.__new__(fusestep.optim.SGD)
+    other.__setstate__(kept)
+    assert (other.max_grad_norm, other.clip_value, other.skip_nonfinite, other.keep_scaled_grads) == (
+        None,
+        None,
+        False,
+        False,
+    )
+    other.step()
