@@ -400,6 +400,14 @@ class Flat:
 
     # ---- what the last step has seen -------------------------------------------------------------
 
+    def handed_out(self) -> set[tuple[torch.Tensor, str]]:
+        """(parameter, slot) whose place in a buffer somebody may hold."""
+        return set(self._handed_out)
+
+    def take_back(self, places: set[tuple[torch.Tensor, str]]) -> None:
+        """Of state that was made for a step that was none."""
+        self._handed_out -= places
+
     def forget(self) -> None:
         """The next step looks at everything."""
         self._is_remembered = False

@@ -645,7 +645,7 @@ class _NewState(collections.defaultdict):
     def __init__(self, states, flat):
         super().__init__()
         self._states, self._flat = states, flat
-        self._handed_out = None if flat is None else set(flat._handed_out)
+        self._handed_out = None if flat is None else flat.handed_out()
 
     def __missing__(self, p):
         own = self[p] = dict(self._states.get(p, ()))
@@ -658,7 +658,7 @@ class _NewState(collections.defaultdict):
         if error is None:
             self.keep(list(self))
         elif self._flat is not None:
-            self._flat._handed_out &= self._handed_out
+            self._flat.take_back(self._flat.handed_out() - self._handed_out)
 
     def keep(self, parameters):
         for p in parameters:
@@ -674,7 +674,7 @@ class _NewState(collections.defaultdict):
         """What was made for this parameter."""
         made = {(p, name) for name in self.pop(p)}
         if self._flat is not None:
-            self._flat._handed_out -= made - self._handed_out
+            self._flat.take_back(made - self._handed_out)
 
 
 def _complete(state, names, p, group, flat):
