@@ -314,9 +314,10 @@ class Flat:
 
     def take_first(self, p: torch.Tensor) -> None:
         """Links what a backward pass has made; a gradient that is differentiated through is left to the step."""
-        grad, (buffer, index) = p.grad, self._places[p]
-        if grad is None or grad.requires_grad:
+        grad, at = p.grad, self._places.get(p)
+        if at is None or grad is None or grad.requires_grad:
             return
+        buffer, index = at
         place = buffer.grad(index)
         if _fits(grad, place):
             with torch.no_grad():

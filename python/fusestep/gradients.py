@@ -24,17 +24,19 @@ Pairs = list[tuple[torch.Tensor, "torch.Tensor | None"]]
 """Parameters and what they step with."""
 
 
-def check_limit(name: str, limit: Any) -> None:
-    """Of max_grad_norm and clip_value."""
+def check_limit(name: str, limit: Any) -> Any:
+    """max_grad_norm or clip_value."""
     if limit is None or (isinstance(limit, numbers.Real) and not isinstance(limit, bool) and limit >= 0):
-        return
+        return limit
     raise InvalidArgument(f"{name} must be None or a number >= 0, got {limit!r}")
 
 
-def check_flag(name: str, flag: Any) -> None:
-    """Of skip_nonfinite and keep_scaled_grads."""
-    if not isinstance(flag, (bool, int)) or flag not in (0, 1):
-        raise InvalidArgument(f"{name} must be True or False, got {flag!r}")
+def check_flag(name: str, flag: Any) -> bool:
+    """skip_nonfinite or keep_scaled_grads; NumPy's booleans too."""
+    if isinstance(flag, (bool, int)) or type(flag).__name__ in ("bool", "bool_"):
+        if flag in (0, 1):
+            return bool(flag)
+    raise InvalidArgument(f"{name} must be True or False, got {flag!r}")
 
 
 def scalar_of(number: Any) -> torch.Tensor | None:
@@ -51,18 +53,24 @@ def scalar_of(number: Any) -> torch.Tensor | None:
 
 
 def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) -> None:
-    """Divides gradients by GradScaler's scale in place, as torch leaves them, unless the step is skipped."""
+    """Divides gradients by GradScaler's scale in place, as torch leaves them, unless the step is skipped.
+
+    The step has been made when this is called: what cannot be written in place gets a quotient of its own.
+    """
     grads: dict[tuple, dict[int, torch.Tensor]] = {}
     for group in groups:
         for p in group["params"]:
-            if p.grad is not None:
-                whole_grad = p.grad
-                if whole_grad.layout is torch.sparse_coo:
-                    key, grad = id(whole_grad), whole_grad._values()  # an object of its own each time
-                else:
-                    grad = local(whole_grad)
-                    key = id(grad)
-                grads.setdefault((grad.device, grad.dtype), {})[key] = grad
+            if p.grad is None:
+                continue
+            if p.grad.is_inference() or _has_overlap(p.grad):
+                p.grad = p.grad.clone()  # dense, and of this mode
+            whole_grad = p.grad
+            if whole_grad.layout is torch.sparse_coo:
+                key, grad = id(whole_grad), whole_grad._values()  # an object of its own each time
+            else:
+                grad = local(whole_grad)
+                key = id(grad)
+            grads.setdefault((grad.device, grad.dtype), {})[key] = grad
     for (device, _), alike in grads.items():
         divisor = loss_scale.to(device).reshape(())
         if found_inf is not None:
@@ -70,6 +78,14 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
             divisor = torch.where(skipped, torch.ones_like(divisor), divisor)
         for together in _apart(list(alike.values())):
             torch._foreach_div_(together, divisor)
+
+
+def _has_overlap(grad: torch.Tensor) -> bool:
+    """Of an expanded tensor, elements are one in memory."""
+    grad = local(grad)
+    return grad.layout is torch.strided and any(
+        stride == 0 and extent > 1 for stride, extent in zip(grad.stride(), grad.shape, strict=True)
+    )
 
 
 def _apart(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

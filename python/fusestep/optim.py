@@ -74,8 +74,7 @@ class _Setting:
         self._name = name
 
     def __set__(self, optimizer, value):
-        self._check(self._name, value)
-        optimizer.__dict__[self._name] = value
+        optimizer.__dict__[self._name] = self._check(self._name, value)
 
 
 class _FusedStep(Checkpoints, Freezable, Summarizable):
@@ -114,10 +113,14 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         self._defaults_of_options = {**self._missing_keys, **precision.given(options)}
         super().__init__(*args, **kwargs)
         self.defaults.update(self.__dict__.pop("_defaults_of_options"))
+        self._hand_out_portable_state()
 
     def __setstate__(self, state):
-        # Pickles of before they existed lack them.
-        super().__setstate__({**{name: vars(_FusedStep)[name].default for name in _OWN_SETTINGS}, **state})
+        """Of unpickling, copying, and of torch's load_state_dict, which has nothing but state and groups in it."""
+        super().__setstate__(state)
+        for name in _OWN_SETTINGS:  # pickles of before they existed lack them
+            self.__dict__.setdefault(name, vars(_FusedStep)[name].default)
+        self._hand_out_portable_state()
         for group in self.param_groups:
             group.update(self._missing_keys)  # a loaded one may be of the other class
 
@@ -160,27 +163,28 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         While torch.cuda.graph captures, nothing is stepped: each replay is a step, with the settings that
         `sync_hyper` or a step outside of graphs brought last, of the parameters that have a gradient now.
         """
-        capturing = _capturing()
-        if "capturable" in self.defaults and (capturing or self.param_groups[0]["capturable"]):
-            _check_capturable(self)
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         try:
+            capturing = _capturing()
+            if "capturable" in self.defaults and (capturing or self.param_groups[0]["capturable"]):
+                _check_capturable(self)
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             self._check_options()
             if self._flat is None or capturing or not self._step_again():
                 self._step_anew(capturing)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C in a notebook as well
             self._let_go_of_scaler()
-            self._refuse_settings(error)
+            if isinstance(error, (TypeError, ValueError, RuntimeError)):
+                self._refuse_settings(error)
             raise
         return loss
 
     def _check_options(self):
         """Those edited in `param_groups`, as the constructor does; nothing where they are what they were."""
         options = [precision.has_none(group) or precision.options_in(group) for group in self.param_groups]
-        if options != self._checked_options:
+        if not _are_same(options, self._checked_options):
             for index, group in enumerate(self.param_groups):
                 precision.check_group(group, f"group {index}")
             self._checked_options = options
@@ -473,33 +477,10 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         own = {name: self.__dict__[name] for name in _OWN_SETTINGS if name in self.__dict__}
         return {**super().__getstate__(), **own}
 
-    def state_dict(self):
-        """torch's state_dict, with `step` of CUDA parameters on the CPU unless `fused` or `capturable`.
-
-        There it lives on the device for us, and torch's other modes refuse it there.
-        """
-        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, {}
-        try:
-            result = self._portable(super().state_dict())
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-        for hook in hooks.values():  # of a state_dict that is whole
-            given = hook(self, result)
-            result = result if given is None else given
-        return result
-
-    def _portable(self, result):
-        if self._flat is not None:
-            result["state"] = {index: plain_state(own) for index, own in result["state"].items()}
-        for group in result["param_groups"]:
-            if group.get("fused") or group.get("capturable"):
-                continue
-            for index in group["params"]:
-                own = result["state"].get(index)
-                step = None if own is None else own.get("step")
-                if torch.is_tensor(step) and step.is_cuda:
-                    result["state"][index] = {**own, "step": step.cpu()}
-        return result
+    def _hand_out_portable_state(self):
+        """Before any hook of the user's sees a state_dict."""
+        if _make_portable not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(_make_portable, prepend=True)
 
     @staticmethod
     def _new_step(count, p, group):
@@ -626,6 +607,13 @@ def _is_number(value):
     return True
 
 
+def _are_same(options, before):
+    try:
+        return options == before
+    except (RuntimeError, ValueError):  # tensors and arrays of several elements
+        return False
+
+
 def _are_two_numbers(values):
     try:
         return len(values) == 2 and all(map(_is_number, values))
@@ -634,6 +622,23 @@ def _are_two_numbers(values):
 
 
 # ---- state -------------------------------------------------------------------------------------
+
+
+def _make_portable(optimizer, result):
+    """Of torch's state_dict: state of CUDA parameters has `step` on the CPU, unless `fused` or `capturable`.
+
+    On the device it lives for us, and torch's other modes refuse it there.
+    """
+    if optimizer._flat is not None:
+        result["state"] = {index: plain_state(own) for index, own in result["state"].items()}
+    for group in result["param_groups"]:
+        if group.get("fused") or group.get("capturable"):
+            continue
+        for index in group["params"]:
+            own = result["state"].get(index)
+            step = None if own is None else own.get("step")
+            if torch.is_tensor(step) and step.is_cuda:
+                result["state"][index] = {**own, "step": step.cpu()}
 
 
 class _NewState(collections.defaultdict):
@@ -663,6 +668,8 @@ class _NewState(collections.defaultdict):
     def keep(self, parameters):
         for p in parameters:
             made = self.pop(p, {})
+            if self._flat is not None:
+                self._handed_out |= {(p, name) for name in made}
             own = self._states.get(p)
             if own is None and made:
                 own = self._states[p] = {} if self._flat is None else self._flat.watched({})

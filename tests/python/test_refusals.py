@@ -3,6 +3,8 @@
 """A step that is refused has not happened: it leaves nothing behind, and is made as if it were the first."""
 
 import collections
+import copy
+import pickle
 
 import pytest
 import torch
@@ -324,6 +326,12 @@ def test_attributes_are_checked_when_they_are_set(attribute, value, text):
     assert getattr(mine, attribute) is before
 
 
+def test_flags_of_numpy_are_flags():
+    numpy = pytest.importorskip("numpy")
+    mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1, skip_nonfinite=numpy.bool_(True))
+    assert mine.skip_nonfinite is True
+
+
 def test_settings_are_named_where_a_graphs_are_brought_along():
     mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1)
     mine.param_groups[0]["momentum"] = "x"
@@ -364,3 +372,73 @@ def test_settings_that_older_pickles_lack():
         False,
     )
     other.step()
+
+
+@pytest.mark.parametrize("again", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_settings_stay_when_a_state_dict_is_loaded(again):
+    settings = {"max_grad_norm": 2.0, "clip_value": 0.5, "skip_nonfinite": True, "keep_scaled_grads": True}
+    optimizer = again(fusestep.optim.SGD(support.tensors((4,)), lr=1.0, **settings))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert {name: getattr(optimizer, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("read_only", ["of inference mode", "expanded"])
+def test_gradients_that_cannot_be_divided_in_place(read_only, momentum):
+    """They are stepped with, and replaced by what GradScaler would leave."""
+    (p,) = support.tensors((4,))
+    before = p.detach().clone()
+    optimizer = fusestep.optim.SGD([p], lr=1.0, momentum=momentum)
+    for step in (1, 2):
+        with torch.inference_mode(read_only == "of inference mode"):
+            p.grad = torch.full((1,), 4.0, device=device.DEFAULT).expand(4)
+            if read_only != "expanded":
+                p.grad = p.grad.clone()
+        optimizer.grad_scale = torch.tensor(4.0, device=device.DEFAULT)
+        optimizer.step()
+        assert p.grad.tolist() == [1.0] * 4
+        assert optimizer.state[p].get("momentum_buffer", torch.ones(())).max() == (1.0 if step == 1 else 1 + momentum)
+    assert torch.allclose(before - p, torch.full_like(p, 2.0 + momentum))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_scale_is_taken_back_whatever_was_raised(error, monkeypatch):
+    (p,) = support.tensors((4,))
+    optimizer = fusestep.optim.SGD([p], lr=1.0)
+    scaler = support.scaler(4.0)
+    scaler.scale(torch.ones((), device=device.DEFAULT))
+    p.grad = torch.ones_like(p)
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_step_anew", fails)
+        with pytest.raises(error):
+            scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+def test_state_dicts_may_be_taken_within_each_other():
+    optimizer = fusestep.optim.SGD(support.tensors((4,)), lr=1.0)
+    seen = []
+
+    def register(_):
+        if not seen:
+            seen.append("registered")
+            optimizer.register_state_dict_post_hook(lambda *_: seen.append("called"))
+            optimizer.state_dict()
+
+    optimizer.register_state_dict_pre_hook(register)
+    optimizer.state_dict()
+    optimizer.state_dict()
+    assert seen == ["registered", "called", "called", "called"]
+
+
+def test_options_that_cannot_be_compared_are_refused():
+    optimizer = fusestep.optim.SGD(support.tensors((4,), dtype=BF16), lr=1.0, rounding="stochastic")
+    params_of(optimizer)[0].grad = torch.ones_like(params_of(optimizer)[0])
+    optimizer.step()
+    optimizer.param_groups[0]["seed"] = torch.tensor([1, 2])
+    with pytest.raises(WRONG, match="seed"):
+        optimizer.step()
