@@ -19,15 +19,12 @@ import torch
 import fusestep
 import fusestep.optim
 
+from . import report
 from .cases import DTYPES, RULES, Case, Rule
+from .report import ARRAYS, ONE_GROUP, OURS, OWN
 from .workload import LEARNING_RATE, Reference, Workload, allowed_ulps, has_slot, worst_ulps
 
-OURS = "fusestep"
-ARRAYS = "fusestep.Optimizer"  # ours too
-# Ours too, of flat groups: whether it trusts gradients.
-FLAT = {"fusestep flat": False, "fusestep flat, trusted": True}
-ONE_GROUP = "fusestep, one group"  # ours too, where the case has several
-OWN = (OURS, ARRAYS, ONE_GROUP, *FLAT)
+FLAT = {report.FLAT: False, report.TRUSTED: True}  # whether it trusts gradients
 LOSS_SCALE = 4.0  # in the check
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-OURS, ARRAYS = "fusestep", "fusestep.Optimizer"
+OURS, ARRAYS, ONE_GROUP = "fusestep", "fusestep.Optimizer", "fusestep, one group"
 FLAT, TRUSTED = "fusestep flat", "fusestep flat, trusted"
-OWN = (OURS, ARRAYS, FLAT, TRUSTED, "fusestep, one group")
+OWN = (OURS, ARRAYS, FLAT, TRUSTED, ONE_GROUP)
 _FASTER, _EVEN, _SLOWER = "faster", "even", "slower"
 
 _TITLES = {

@@ -137,10 +137,7 @@ class Reference:
 
     rule: cases.Rule
     expected: dict[str, torch.Tensor] | None
-
-    @property
-    def is_telling(self) -> bool:
-        return self.rule.settings.items() >= _telling(self.rule).settings.items()
+    is_telling: bool = False
 
 
 def references(workload: Workload) -> list[Reference]:
@@ -149,7 +146,8 @@ def references(workload: Workload) -> list[Reference]:
     if workload.case.operation in (*cases.STATE_OPERATIONS, "zero_grad"):
         return [Reference(rule, None)]
     telling = _telling(rule)
-    return [Reference(each, _stepped(workload, each)) for each in ([telling, rule] if telling != rule else [rule])]
+    rules = [telling] if telling == rule else [telling, rule]
+    return [Reference(each, _stepped(workload, each), each == telling) for each in rules]
 
 
 def _telling(rule: cases.Rule) -> cases.Rule:
