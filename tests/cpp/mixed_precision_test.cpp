@@ -6,8 +6,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cmath>
 #include <memory>
 
+#include "fusestep/detail/noise.h"
 #include "support.h"
 
 namespace fusestep::test {
@@ -225,6 +228,40 @@ TEST(Layouts, ThatAreNotInTheTableAreRefusedWithTheTable) {
 // --- stochastic rounding ----------------------------------------------------------------------
 
 constexpr GroupOptions kStochastic{SlotDType::kLikeParameter, false, Rounding::kStochastic, 5};
+
+/// The bits of each array an element is stored to, of neighbours and of one element: all pairs are
+/// equally frequent, by chi-squared over the upper 6 bits.
+TEST(StochasticRounding, NoiseIsIndependent) {
+  constexpr std::uint32_t size = 1 << 18;
+  constexpr int cells = 1 << 12;
+  constexpr auto bits = [](const detail::Noise& noise, int array) {
+    return (array == 0 ? noise.of_value() : noise.of_slot(array - 1)) >> 10;
+  };
+  for (const std::int64_t step : {1, 2}) {
+    const detail::NoiseKey key = detail::noise_key(detail::noise_seed(1, "p"), step);
+    for (const std::uint32_t lag : {0, 1, 2, 8, 64, 4096, 65536}) {
+      std::vector<std::array<std::array<int, cells>, 4>> counts(4);
+      for (std::uint32_t i = 0; i < size; ++i) {
+        const detail::Noise one(key, i), other(key, i + lag);
+        for (int a = 0; a < 4; ++a) {
+          for (int b = 0; b < 4; ++b) ++counts[a][b][bits(one, a) << 6 | bits(other, b)];
+        }
+      }
+      for (int a = 0; a < 4; ++a) {
+        for (int b = 0; b < 4; ++b) {
+          if (lag == 0 && a == b) continue;
+          double chi_squared = 0;
+          for (const int count : counts[a][b]) {
+            constexpr double expected = double{size} / cells;
+            chi_squared += (count - expected) * (count - expected) / expected;
+          }
+          EXPECT_LT(std::abs(chi_squared - (cells - 1)), 6 * std::sqrt(2.0 * (cells - 1)))
+              << "step " << step << ", array " << a << " and " << b << " at " << lag;
+        }
+      }
+    }
+  }
+}
 
 /// Of a step of 1/16 of a unit in the last place, one in sixteen parameters moves; and who moves
 /// is another matter at each step, element, seed and name.

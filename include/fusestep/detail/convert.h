@@ -107,10 +107,8 @@ FUSESTEP_HD float load_widened(const void* memory, DType dtype, std::int64_t i) 
 /// To one of the two neighbours, the nearer the likelier: `noise` is 16 random bits. What bfloat16
 /// can hold stays, infinite and NaN too.
 FUSESTEP_HD bfloat16 store_stochastically(float x, std::uint32_t noise) {
-  const std::uint32_t bits = bits_of(x);
-  const std::uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  return {static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan
-                                                                        : (bits + noise) >> 16)};
+  const std::uint32_t rounded = x != x ? 0x7fff0000u : bits_of(x) + noise;
+  return {static_cast<std::uint16_t>(rounded >> 16)};
 }
 
 }  // namespace fusestep::detail
