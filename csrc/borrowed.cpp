@@ -152,7 +152,8 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
     rebuild(groups, tensors);
   } else {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i] == tensors_[i]) continue;
+      // State made anew may lie where that of before lay, whose buffer has been filled since.
+      if (tensors[i] == tensors_[i] && tensors[i].buffer_filled) continue;
       now_.engine->rebind(static_cast<int>(i), tensors[i]);
       tensors_[i] = tensors[i];
     }

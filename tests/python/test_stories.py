@@ -14,6 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import device
 import fusestep
 import support
 
@@ -1007,3 +1008,33 @@ def test_subclass_of_our_class():
     mine.step()
     assert mine.calls == 1
     support.stepped_by_us(mine, steps=1)
+
+
+RESETS = {
+    "load_state_dict": lambda o, empty: o.load_state_dict(empty),
+    "clear": lambda o, empty: o.state.clear(),
+    "pop": lambda o, empty: o.state.pop(o.param_groups[0]["params"][0]),
+    "another dict": lambda o, empty: setattr(o, "state", collections.defaultdict(dict)),
+    "the buffer": lambda o, empty: o.state[o.param_groups[0]["params"][0]].pop("momentum_buffer"),
+    "None": lambda o, empty: o.state[o.param_groups[0]["params"][0]].update(momentum_buffer=None),
+}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_first_step_is_one_again_after_state_has_gone(reset, flat):
+    """New state may be at the address of the old."""
+    found = []
+    for cls in (fusestep.optim.SGD, torch.optim.SGD):
+        p = torch.nn.Parameter(torch.zeros(1000, device=device.DEFAULT))
+        optimizer = cls([p], lr=1.0, momentum=0.9, dampening=0.5)
+        if flat and cls is fusestep.optim.SGD:
+            fusestep.optim.flatten(optimizer)
+        empty = copy.deepcopy(optimizer.state_dict())
+        for _ in range(5):
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
+            optimizer.step()
+            assert optimizer.state[p]["momentum_buffer"][0] == 1
+            RESETS[reset](optimizer, empty)
+        found.append(p.detach().clone())
+    assert torch.equal(*found)
