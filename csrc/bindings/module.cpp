@@ -288,6 +288,7 @@ PYBIND11_MODULE(_core, m) {
       .def("sync_hyper", &TorchStepper::sync_hyper, py::arg("groups"))
       .def("copy_grad_norm", &TorchStepper::copy_grad_norm, py::arg("to"))
       .def("skipped_steps", &TorchStepper::skipped_steps)
+      .def("let_go", &TorchStepper::let_go, py::arg("written"))
       .def_property_readonly("written", &TorchStepper::written)
       .def_property_readonly("stepped", &TorchStepper::stepped)
       .def_property_readonly("steps", &TorchStepper::steps)

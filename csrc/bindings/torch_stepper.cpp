@@ -265,8 +265,9 @@ bool TorchStepper::placed_alike(PyObject* a, PyObject* b) {
   return true;
 }
 
-bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
-                        detail::BorrowedTensor& tensor) {
+/// `index`: where it will be in tensors_.
+bool TorchStepper::fill(std::size_t index, PyObject* whole_value, PyObject* whole_grad,
+                        PyObject* state, detail::BorrowedTensor& tensor) {
   if (!placed_alike(whole_value, whole_grad)) return false;
   const py::object local_value = local(whole_value), local_grad = local(whole_grad);
   PyObject* const value = local_value.ptr();
@@ -287,9 +288,8 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   tensor.device = value_info->device;
   tensor.steps = true;
 
-  // A value's memory is asked once; gradients are others at every step.
-  const std::size_t index = tensors_.size();
-  const bool known = optimizer_.knows(index, tensor);
+  // A real value's memory is asked once; gradients are others at every step.
+  const bool known = optimizer_.knows(index, tensor) && !value_info->is_complex;
   if (is_lazily_changed(grad, *grad_info)) return false;
   if (!known && is_lazily_changed(value, *value_info)) return false;
 
@@ -308,9 +308,11 @@ bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const Te
   reader_.note_dict(state);
   const auto read = [&](PyObject* slot) -> std::optional<TensorInfo> {
     if (!placed_alike(whole_value, slot)) return {};
-    auto info = reader_.read(local(slot).ptr());
+    const py::object local_slot = local(slot);
+    auto info = reader_.read(local_slot.ptr());
     const bool alike = info && info->laid_out_as(value) && info->is_complex == value.is_complex;
-    return alike ? std::move(info) : std::nullopt;
+    if (!alike || (info->is_complex && is_conj_(local_slot.ptr()))) return {};
+    return info;
   };
   for (std::size_t i = 0; i < kind.slot_keys.size(); ++i) {
     PyObject* const slot = find_item(state, kind.slot_keys[i]);
@@ -342,11 +344,20 @@ bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const Te
   return true;
 }
 
-void TorchStepper::take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor) {
-  tensors_.push_back(tensor);
+void TorchStepper::take(std::size_t index, int position, PyObject* value, PyObject* grad,
+                        const detail::BorrowedTensor& tensor) {
+  const auto place = static_cast<std::ptrdiff_t>(index);
+  tensors_.insert(tensors_.begin() + place, tensor);
+  positions_.insert(positions_.begin() + place, position);
   ++taken_;
+  grads_.push_back(py::reinterpret_borrow<py::object>(grad));
   note_written(value);
   if (writes_grads_) note_written(grad);
+}
+
+void TorchStepper::let_go(bool written) {
+  grads_.clear();
+  if (written) written_ = py::list();
 }
 
 void TorchStepper::note_written(PyObject* tensor) {
@@ -357,7 +368,7 @@ void TorchStepper::note_written(PyObject* tensor) {
 }
 
 /// A parameter without a gradient is handed over too: who comes and goes leaves the rest in place.
-void TorchStepper::rest(std::int32_t group, PyObject* value) {
+void TorchStepper::rest(std::int32_t group, int position, PyObject* value) {
   const auto info = reader_.read(local(value).ptr());
   if (!info) return;
   detail::BorrowedTensor tensor;
@@ -367,6 +378,7 @@ void TorchStepper::rest(std::int32_t group, PyObject* value) {
   tensor.dtype = tensor.grad_dtype = tensor.slot_dtype = info->dtype;
   tensor.device = info->device;
   tensors_.push_back(tensor);
+  positions_.push_back(position);
 }
 
 void TorchStepper::take_settings(const py::object& group) {
@@ -387,6 +399,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   groups_.clear();
   kinds_.clear();
   tensors_.clear();
+  positions_.clear();
   lr_tensors_.clear();
   taken_ = 0;
   compared_ = 0;
@@ -394,7 +407,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   steps_again_ = false;
   devices_are_known_ = false;
   can_store_grads_.reset();
-  written_ = py::list();
+  let_go(true);
   py::list unready;
   int position = 0;  // among all parameters
   for (std::size_t i = 0; i < groups.size(); ++i) {
@@ -409,17 +422,18 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
       PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
       const py::object grad = grad_of(value);
       if (grad.is_none()) {
-        rest(static_cast<std::int32_t>(i), value);
+        rest(static_cast<std::int32_t>(i), position, value);
         continue;
       }
       detail::BorrowedTensor tensor;
       tensor.group = static_cast<std::int32_t>(i);
       tensor.noise_seed = noise_seed_of(kinds_.back(), position);
       tensor.buffer_filled = true;
-      const bool ready = !kinds_.back().differentiable &&
-                         fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
+      const bool ready =
+          !kinds_.back().differentiable &&
+          fill(tensors_.size(), value, grad.ptr(), state_of(state.ptr(), value), tensor);
       if (ready) {
-        take(value, grad.ptr(), tensor);
+        take(tensors_.size(), position, value, grad.ptr(), tensor);
       } else {
         unready.append(py::make_tuple(i, position, py::handle(value)));
       }
@@ -434,10 +448,12 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
   tensor.group = group;
   tensor.noise_seed = noise_seed_of(kinds_.at(static_cast<std::size_t>(group)), position);
   tensor.buffer_filled = !fresh;
-  if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
+  const auto place = std::upper_bound(positions_.begin(), positions_.end(), position);
+  const auto index = static_cast<std::size_t>(place - positions_.begin());
+  if (!fill(index, value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
   devices_are_known_ = false;
   can_store_grads_.reset();
-  take(value.ptr(), grad.ptr(), tensor);
+  take(index, position, value.ptr(), grad.ptr(), tensor);
   return true;
 }
 

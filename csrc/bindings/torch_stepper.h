@@ -77,6 +77,10 @@ class TorchStepper {
   /// Brings settings that have changed since the last step to the devices, for graphs.
   void sync_hyper(const pybind11::list& groups);
 
+  /// Ends a step, made or not: gradients are no longer held, nor, with `written`, what it has
+  /// written.
+  void let_go(bool written);
+
   /// Tensors whose values the step writes: what autograd has to be told of.
   const pybind11::list& written() const { return written_; }
 
@@ -96,11 +100,12 @@ class TorchStepper {
     pybind11::object names = pybind11::none();  // of its parameters, where it needs them
     std::vector<PyObject*> slot_keys;           // of its rule variant
 
-    /// Apart from the names.
+    /// Names are the same where the list of them is.
     bool same_as(const Group& other) const {
       return first == other.first && differentiable == other.differentiable &&
              master_weights == other.master_weights && stochastic == other.stochastic &&
-             counts == other.counts && seed == other.seed && slot_keys == other.slot_keys;
+             counts == other.counts && seed == other.seed && names.is(other.names) &&
+             slot_keys == other.slot_keys;
     }
   };
   /// What remember() has seen of a group.
@@ -143,14 +148,15 @@ class TorchStepper {
   bool is_dtensor(PyObject* tensor) const;
   pybind11::object local(PyObject* tensor) const;
   bool placed_alike(PyObject* a, PyObject* b);
-  bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
+  bool fill(std::size_t index, PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
   bool fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
                   PyObject* state, detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info);
   void take_settings(const pybind11::object& group);
-  void rest(std::int32_t group, PyObject* value);
-  void take(PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
+  void rest(std::int32_t group, int position, PyObject* value);
+  void take(std::size_t index, int position, PyObject* value, PyObject* grad,
+            const detail::BorrowedTensor& tensor);
   void note_written(PyObject* tensor);
   bool is_captured(std::span<const Stream> streams);
   const std::vector<std::vector<Device>>& devices_of_groups();
@@ -166,8 +172,9 @@ class TorchStepper {
   detail::BorrowedOptimizer optimizer_;
   std::vector<Group> kinds_;
   std::vector<detail::BorrowedGroup> groups_;
-  std::vector<detail::BorrowedTensor> tensors_;
-  std::vector<pybind11::object> lr_tensors_;  // by group, where the lr is read on the device
+  std::vector<detail::BorrowedTensor> tensors_;  // in the order of the parameters
+  std::vector<int> positions_;                   // of tensors_, among all parameters
+  std::vector<pybind11::object> lr_tensors_;     // by group, where the lr is read on the device
   pybind11::object dtensor_ = pybind11::none();
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;
@@ -178,6 +185,7 @@ class TorchStepper {
   bool devices_are_known_ = false;
   std::optional<bool> can_store_grads_;  // tensors_
   pybind11::list written_;
+  std::vector<pybind11::object> grads_;  // of taken tensors: another thread may drop them meanwhile
   bool writes_grads_ = false;
   int taken_ = 0;
   int stepped_ = 0;

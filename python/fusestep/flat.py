@@ -177,7 +177,6 @@ class Flat:
         self._awaited: dict[torch.Tensor, _FirstGradient] = {}
         self._links = 0  # times that anything was brought to its place
         self._handed_out: set[tuple[torch.Tensor, str]] = set()  # parts of slots that somebody may still hold
-        self._freezings = freezing.changes()
         self._is_remembered = False
         self.add(optimizer.param_groups)
         self.take_state()
@@ -196,7 +195,8 @@ class Flat:
         """Moves the parameters of these groups that are not flat yet; raises, and changes nothing."""
         if torch.is_inference_mode_enabled():
             raise InvalidArgument("flatten: not under torch.inference_mode(), whose tensors autograd refuses")
-        parts = [part for index, group in enumerate(groups) for part in self._divided(index, group)]
+        elsewhere = _flat_elsewhere([p for group in groups for p in group["params"] if p not in self._places])
+        parts = [part for index, group in enumerate(groups) for part in self._divided(index, group, elsewhere)]
         _refuse_shared(groups)
         new = [FlatBuffer(*part) for part in parts]
         self.forget()
@@ -204,7 +204,7 @@ class Flat:
             self._enter(buffer)
         self.link_gradients()
 
-    def _divided(self, index, group):
+    def _divided(self, index, group, elsewhere):
         """(parameters, dtype of their gradients, whether there are any) of every new buffer."""
         parts: dict[tuple, list] = {}
         if group.get("differentiable"):
@@ -212,7 +212,7 @@ class Flat:
         for position, p in enumerate(group["params"]):
             if p in self._places:
                 continue
-            why = _why_not(p)
+            why = _why_not(p) or ("it is in the buffer of another optimizer" if p in elsewhere else None)
             if why is not None:
                 raise InvalidArgument(f"{_where(index, group, position)}: flatten: {why}")
             grad_dtype = (getattr(p, "grad_dtype", None) or p.dtype) if p.grad is None else p.grad.dtype
@@ -356,7 +356,11 @@ class Flat:
         found = self._stepper.strays(self._optimizer().param_groups)
         if found is not None:
             return found
-        return [p for p in self._params() if _is_stray(p, self._grads.get(p))]
+        return [p for p in self._params() if p.grad is not None and not (p.requires_grad and self._is_in_place(p))]
+
+    def _is_in_place(self, p):
+        place, at = self._grads.get(p), self._places.get(p)
+        return p.grad is place and at is not None and at[0].is_grad(place, at[1])
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -376,6 +380,8 @@ class Flat:
                         place = self._slot(p, name, value.dtype, buffer, index)
                         if place is not None:
                             own[name] = place.copy_(value)
+                if torch.is_tensor(own.get("step")):
+                    own["step"] = own["step"].clone()
         optimizer.state = _States(optimizer.state, self)
         self.link_gradients()  # what was loaded may have thawed some
 
@@ -420,7 +426,6 @@ class Flat:
             self._is_remembered
             and type(optimizer.state) is _States
             and optimizer.state.watcher is self
-            and self._freezings == freezing.changes()
             and self._stepper.is_unchanged(optimizer.param_groups, stores, not self.trusts)
         )
 
@@ -429,7 +434,6 @@ class Flat:
         optimizer = self._optimizer()
         if type(optimizer.state) is not _States or optimizer.state.watcher is not self:
             optimizer.state = _States(optimizer.state, self)
-        self._freezings = freezing.changes()
         self._is_remembered = optimizer.state.are_watched() and self._stepper.remember(
             optimizer.param_groups, self._expected(), optimizer.state
         )
@@ -470,6 +474,7 @@ def _follow(parameters):
     """Frozen parameters have no gradients any more, thawed ones will."""
     for flat in list(_flattened):
         if flat.is_used() and any(p in flat for p in parameters):
+            flat.forget()
             flat.link_gradients()
 
 
@@ -497,22 +502,21 @@ def _why_not(p):
         return f"not for a tensor that is not dense in memory: shape {list(p.shape)}, strides {list(p.stride())}"
     if p.device.type == "cpu" and p.is_shared():
         return "it lies in memory shared with other processes, and would not any more"
-    if _is_flat_elsewhere(p):
-        return "it is in the buffer of another optimizer"
     return None
 
 
-def _is_flat_elsewhere(p):
-    """An optimizer that nobody has any more may live on in a cycle, as schedules make them."""
+def _flat_elsewhere(parameters):
+    """Those in buffers of optimizers. One that nobody has any more may live on in a cycle, as schedules make them."""
     for collects in (True, False):
         used = [flat for flat in _flattened if flat.is_used()]
         for flat in used:
             flat.let_go()
-        if not any(p in flat for flat in used):
-            return False
+        found = {p for p in parameters if any(p in flat for flat in used)}
+        if not found:
+            break
         if collects:
             gc.collect()
-    return True
+    return found
 
 
 def _has_memory(p):
@@ -564,10 +568,6 @@ def _fits(tensor, place, any_dtype=False):
 
 def _is_in(grad, place):
     return _fits(grad, place) and grad.data_ptr() == place.data_ptr() and grad.stride() == place.stride()
-
-
-def _is_stray(p, place):
-    return p.grad is not None and (p.grad is not place or not p.requires_grad)
 
 
 # ---- state that says when it changes ---------------------------------------------------------------

@@ -24,14 +24,6 @@ _RATES = ("base_lrs", "_last_lr")
 _PER_GROUP = (*_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
-_changes = 0
-
-
-def changes() -> int:
-    """Calls of freeze and thaw: who relies on gradients being what they were asks."""
-    return _changes
-
-
 _followers: list[Callable[[list[torch.Tensor]], None]] = []
 
 
@@ -42,8 +34,6 @@ def on_change(follower: Callable[[list[torch.Tensor]], None]) -> Callable[[list[
 
 
 def _announce(parameters):
-    global _changes
-    _changes += 1
     for follower in _followers:
         follower(parameters)
 

@@ -26,8 +26,11 @@ Pairs = list[tuple[torch.Tensor, "torch.Tensor | None"]]
 
 def check_limit(name: str, limit: Any) -> Any:
     """max_grad_norm or clip_value."""
-    if limit is None or (isinstance(limit, numbers.Real) and not isinstance(limit, bool) and limit >= 0):
-        return limit
+    if limit is None:
+        return None
+    if isinstance(limit, numbers.Real) and not isinstance(limit, bool) and limit >= 0:
+        with contextlib.suppress(OverflowError):
+            return float(limit)
     raise InvalidArgument(f"{name} must be None or a number >= 0, got {limit!r}")
 
 
@@ -62,7 +65,7 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if p.grad.is_inference() or _has_overlap(p.grad):
+            if p.grad.is_inference() or has_overlap(p.grad):
                 p.grad = p.grad.clone()  # dense, and of this mode
             whole_grad = p.grad
             if whole_grad.layout is torch.sparse_coo:
@@ -80,7 +83,7 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
             torch._foreach_div_(together, divisor)
 
 
-def _has_overlap(grad: torch.Tensor) -> bool:
+def has_overlap(grad: torch.Tensor) -> bool:
     """Of an expanded tensor, elements are one in memory."""
     grad = local(grad)
     return grad.layout is torch.strided and any(

@@ -11,9 +11,9 @@ import collections
 import contextlib
 import functools
 import inspect
-import itertools
 import math
 import sys
+import threading
 import warnings
 
 import torch
@@ -25,10 +25,11 @@ from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .flat import FlatBuffer, _capturing, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
-from .gradients import CommonNorm, check_flag, check_limit, is_sharded, scalar_of, scaled_grads, unscale
+from .gradients import CommonNorm, check_flag, check_limit, has_overlap, is_sharded, scalar_of, scaled_grads, unscale
 from .groups import param_groups_by
 from .state import SLOTS
 from .summary import Summarizable, Summary, summary
+from .tables import shape_text
 
 __all__ = [
     "SGD",
@@ -88,6 +89,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     max_grad_norm, clip_value = _Setting(None, check_limit), _Setting(None, check_limit)
     skip_nonfinite, keep_scaled_grads = _Setting(False, check_flag), _Setting(False, check_flag)
     _norm_apart = None  # of the last step, where the engine has not measured it
+    _home = None  # device of the parameters that the last step has moved
     _skipped_apart = 0  # steps the engine has not seen
     _flat = None  # of flat groups
     _checked_options = None  # of all groups, at the last step
@@ -127,11 +129,14 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def add_param_group(self, param_group):
         """torch's add_param_group, and changes nothing for options its parameters cannot have."""
         if isinstance(param_group, dict):
+            for name in param_group.keys() & set(_OWN_SETTINGS):
+                raise InvalidArgument(f"group {len(self.param_groups)}: {name} is a setting of the whole optimizer")
             for name, value in self.__dict__.get("_defaults_of_options", {}).items():
                 param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
             precision.check_group(self.param_groups[-1], f"group {len(self.param_groups) - 1}")
+            precision.check_noise(self.param_groups)
             if self._flat is not None:
                 self._flat.add(self.param_groups)
         except Exception:
@@ -145,7 +150,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         """
         with torch.no_grad():
             for p, state in self.state.items():
-                if precision.MASTER in state:
+                if isinstance(state, dict) and precision.MASTER in state:
                     state[precision.MASTER].copy_(p)
 
     @property
@@ -166,20 +171,29 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         loss = None
         try:
             capturing = _capturing()
-            if "capturable" in self.defaults and (capturing or self.param_groups[0]["capturable"]):
-                _check_capturable(self)
+            if "capturable" in self.defaults and self.param_groups:
+                if capturing or self.param_groups[0]["capturable"]:
+                    _check_capturable(self)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            with self._lock:
+                self._step(capturing)
+        except BaseException:  # Ctrl-C in a notebook as well
+            self._let_go_of_scaler()
+            raise
+        return loss
+
+    def _step(self, capturing):
+        try:
             self._check_options()
             if self._flat is None or capturing or not self._step_again():
                 self._step_anew(capturing)
-        except BaseException as error:  # Ctrl-C in a notebook as well
-            self._let_go_of_scaler()
-            if isinstance(error, (TypeError, ValueError, RuntimeError)):
-                self._refuse_settings(error)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._refuse_settings(error)
             raise
-        return loss
+        finally:
+            self._stepper.let_go(self._flat is None)
 
     def _check_options(self):
         """Those edited in `param_groups`, as the constructor does; nothing where they are what they were."""
@@ -187,6 +201,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if not _are_same(options, self._checked_options):
             for index, group in enumerate(self.param_groups):
                 precision.check_group(group, f"group {index}")
+            precision.check_noise(self.param_groups)
             self._checked_options = options
 
     def _let_go_of_scaler(self):
@@ -239,6 +254,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 norm = CommonNorm(pairs, loss_scale)
         self._run(found_inf, loss_scale, stores and not divides_apart, norm)
         if divides_apart:
+            if self.skip_nonfinite and found_inf is None:
+                found_inf = CommonNorm(self._pairs(), None).nonfinite
             unscale(self.param_groups, loss_scale, found_inf)
         if self._flat is not None:
             self._flat.remember()
@@ -282,7 +299,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         A step outside of graphs does it by itself, and a tensor `lr` on the device is read there.
         """
         try:
-            self._stepper.sync_hyper(self.param_groups)
+            with self._lock:
+                self._stepper.sync_hyper(self.param_groups)
         except (TypeError, ValueError, RuntimeError) as error:
             self._refuse_settings(error)
             raise
@@ -318,14 +336,20 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             skip = norm.skip(found_inf) if self.skip_nonfinite else found_inf
             coefficient = norm.coefficient(self.max_grad_norm)
             self._stepper.step(skip, loss_scale, stores, coefficient, None, self.clip_value, False)
-        self._norm_apart = None if norm is None else norm.norm
+        written = self._stepper.written
+        self._home = written[0].device if written else None
+        if norm is not None:
+            self._norm_apart = norm.norm
+        else:
+            self._norm_apart = None if written or not self._measures() else self._no_norm(0.0)
         if tells:
-            torch.autograd.graph.increment_version(self._stepper.written)
+            torch.autograd.graph.increment_version(written)
 
     def _step_with_unready(self, unready, found_inf, loss_scale):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
         if found_inf is not None and float(found_inf) != 0:
-            return self._skip(None)  # waits for the device, so that a skipped step makes no state
+            # It has waited for the device, so that a skipped step makes no state.
+            return self._skip(CommonNorm(self._pairs(), loss_scale) if self._measures() else None)
         why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, _, p in unready}
         for index, _, p in unready:
             self._refuse_torch(why[p], index, p)
@@ -336,12 +360,11 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             norm = CommonNorm(pairs, loss_scale)
             if self.skip_nonfinite and float(norm.nonfinite) != 0:
                 return self._skip(norm)
-        with _NewState(self.state, self._flat) as states:
+        with _TentativeState(self.state, self._flat) as states:
             copies, left_to_torch = self._take(unready, why, grads, states)
-            if self._measures() and norm is None and (any(left_to_torch) or self._stepper.takes_turns()):
-                norm = CommonNorm(pairs, loss_scale)
-            elif not is_sharded(pairs) and not any(left_to_torch) and not self._stepper.takes_turns():
-                norm = None  # the engine's, whose bits do not depend on anything
+            if self._measures():
+                apart = is_sharded(pairs) or any(left_to_torch) or self._stepper.takes_turns()
+                norm = (norm or CommonNorm(pairs, loss_scale)) if apart else None  # the engine's own bits are fixed
             self._step_by_torch(left_to_torch, states, norm, loss_scale)  # first: it may refuse
             self._run(None, loss_scale, False, norm)
         for copy in copies:
@@ -360,6 +383,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     fresh.add(p)  # of a parameter that is listed twice, both times
                 if self._stepper.add(index, position, p, grads[p], state, p in fresh):
                     continue
+                self._refuse_known(index, p, _refused_as_copy(p, state))
                 copy = _DenseCopy(p, grads[p], state)
                 if self._stepper.add(index, position, copy.value, copy.grad, copy.state, p in fresh):
                     copies.append(copy)
@@ -368,6 +392,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 self._refuse_torch(why[p], index, p)
                 if p not in self.state:
                     states.take_back(p)  # torch makes its own
+            self._refuse_known(index, p, _refused_by_torch(p, states[p], self._state_names(group), group))
             left_to_torch[index].append((p, why[p]))
         return copies, left_to_torch
 
@@ -378,10 +403,18 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if why is None or needed is None:
             return
         where = precision.where(p, _place_in(group, p), group, f"group {index}")
+        if precision.MASTER in state and precision.is_stochastic(group):
+            text = "has a master weight in its state, which rounding='stochastic' is not for: delete one or the other"
+            raise InvalidArgument(f"{where} {text}")
         misfit = precision.misfit(p, {name: state.get(name) for name in self._names_of_state(p, group)})
         if misfit is not None:
             raise InvalidArgument(f"{where}: {misfit}, with {needed}")
         raise InvalidArgument(f"{where} has {needed}, but parameters {why} are left to torch's own step, which has not")
+
+    def _refuse_known(self, index, p, why):
+        if why is not None:
+            group = self.param_groups[index]
+            raise InvalidArgument(f"{precision.where(p, _place_in(group, p), group, f'group {index}')}: {why}")
 
     def _skip(self, norm):
         """A step that the host knows to be skipped."""
@@ -397,34 +430,18 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         if loss_scale is not None:
             wide = loss_scale if loss_scale.device.type == "mps" else loss_scale.double()
             multiplier = wide.reciprocal().reshape(()) * (1 if multiplier is None else multiplier)
-        self._rehearse(members, states)
         with contextlib.ExitStack() as stack:
             if multiplier is not None or self.clip_value is not None:
                 pairs = zip(self.param_groups, members, strict=True)
                 told = [(p, group["differentiable"]) for group, own in pairs for p in own]
                 one = torch.ones((), dtype=torch.float64, device="cpu")
                 stack.enter_context(scaled_grads(told, one if multiplier is None else multiplier, self.clip_value))
-            self._run_torch(members, states)
-        states.keep(p for own in members for p in own)
+            try:
+                self._run_torch(members, states)
+            finally:  # whom it has moved before it raised has the state it was moved with
+                states.keep(p for own in members for p in own)
         for why in {why for own in left for _, why in own} - {_DIFFERENTIABLE}:
             _warn_once(type(self).__name__, why)
-
-    def _rehearse(self, members, states):
-        """torch's own step on copies of those it may refuse: it would do so with others moved already."""
-        doubtful = [
-            [p for p in own if _torch_may_refuse(p, states[p], group, self._state_names(group))]
-            for group, own in zip(self.param_groups, members, strict=True)
-        ]
-        if not any(doubtful):
-            return
-        twins = [[_twin_with_grad(p) for p in own] for own in doubtful]
-        twin_states = collections.defaultdict(dict)
-        for twin, p in zip(itertools.chain(*twins), itertools.chain(*doubtful), strict=True):
-            if states[p]:
-                twin_states[twin] = {
-                    name: _twin(value) if torch.is_tensor(value) else value for name, value in states[p].items()
-                }
-        self._run_torch(twins, twin_states)
 
     def _run_torch(self, members, states):
         stand_in = self._stand_in()
@@ -456,22 +473,23 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         measured none: it does for `max_grad_norm` (infinite: measures, and clips nothing) and
         `skip_nonfinite`.
         """
-        if self._norm_apart is not None:
-            return self._norm_apart
-        norm = self._no_norm()
-        self._stepper.copy_grad_norm(norm)
+        with self._lock:
+            if self._norm_apart is not None:
+                return self._norm_apart
+            norm = self._no_norm()
+            self._stepper.copy_grad_norm(norm)
         return norm
 
-    def _no_norm(self):
-        """NaN, where the parameters are."""
-        stepped = self._stepper.written or (p for group in self.param_groups for p in group["params"])
-        device = next((p.device for p in stepped), "cpu")
-        return torch.full((), math.nan, dtype=torch.float64, device=device)
+    def _no_norm(self, value=math.nan):
+        """A number, where the parameters are."""
+        devices = (p.device for group in self.param_groups for p in group["params"])
+        return torch.full((), value, dtype=torch.float64, device=self._home or next(devices, "cpu"))
 
     @property
     def skipped_steps(self):
         """Steps that `found_inf` or `skip_nonfinite` has skipped, since it was made or unpickled. Waits."""
-        return self._skipped_apart + self._stepper.skipped_steps()
+        with self._lock:
+            return self._skipped_apart + self._stepper.skipped_steps()
 
     def __getstate__(self):
         own = {name: self.__dict__[name] for name in _OWN_SETTINGS if name in self.__dict__}
@@ -493,6 +511,14 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             return self.__dict__["_stepper_of_this_process"]
         except KeyError:
             return self.__dict__.setdefault("_stepper_of_this_process", _core.TorchStepper(self._rule, torch.Tensor))
+
+    @property
+    def _lock(self):
+        """Of what the stepper has read: the engine steps without the GIL."""
+        try:
+            return self.__dict__["_lock_of_this_process"]
+        except KeyError:
+            return self.__dict__.setdefault("_lock_of_this_process", threading.RLock())
 
 
 _OWN_SETTINGS = ("max_grad_norm", "clip_value", "skip_nonfinite", "keep_scaled_grads")
@@ -599,7 +625,7 @@ def _place_in(group, p):
 def _is_number(value):
     """Or a tensor of one."""
     if torch.is_tensor(value):
-        return value.numel() == 1
+        return value.numel() == 1 and not value.is_meta
     try:
         math.fabs(value)
     except (TypeError, ValueError, OverflowError):
@@ -641,7 +667,7 @@ def _make_portable(optimizer, result):
                 result["state"][index] = {**own, "step": step.cpu()}
 
 
-class _NewState(collections.defaultdict):
+class _TentativeState(collections.defaultdict):
     """`optimizer.state`, copied dict by dict. What is made in it is the optimizer's when the step has been made.
 
     A step that is refused, or fails for want of memory, has made none.
@@ -750,6 +776,13 @@ class _DenseCopy:
             tensor.copy_(copy)
 
 
+def _refused_as_copy(p, state):
+    for name, tensor in {"the parameter": p, **state}.items():
+        if torch.is_tensor(tensor) and has_overlap(tensor):
+            return f"{name} is expanded: several of its elements are one in memory, and cannot be written"
+    return None
+
+
 # ---- torch's own step --------------------------------------------------------------------------
 
 _DIFFERENTIABLE = "to be differentiated through"
@@ -788,41 +821,19 @@ def _is_wrapper(tensor):
         return True
 
 
-def _torch_may_refuse(p, state, group, names):
-    """False where torch's own step is known to go through. Large tables with sparse gradients are such."""
-    if state and "step" in names and any(name not in state for name in names):
-        return True
+def _refused_by_torch(p, state, names, group):
+    """What torch's own step would raise only after it has begun; None if nothing is known."""
     if group["differentiable"] and p.is_leaf and p.requires_grad:
-        return True
-    slots = [value for name, value in state.items() if name in names and name != "step" and value is not None]
-    if not all(map(torch.is_tensor, slots)) or p.dtype.itemsize == 1:
-        return True
-    if p.grad.layout is torch.sparse_coo and "step" not in names:  # of SGD
-        return bool(group["weight_decay"]) or p.grad.dtype != p.dtype or any(not slot.is_sparse for slot in slots)
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return any(
-        type(t) not in plain or (t.layout, t.dtype, t.shape) != (torch.strided, p.dtype, p.shape)
-        for t in (p, p.grad, *slots)
-    )
-
-
-def _twin_with_grad(p):
-    twin, grad = _twin(p), _twin(p.grad)
-    try:
-        twin.grad = grad
-    except RuntimeError:  # of another dtype or shape: `grad_dtype` lets it be, and so does `p.data = t`
-        twin.grad = torch.zeros_like(p)
-        twin.grad.data = grad
-    return twin
-
-
-def _twin(tensor):
-    """A copy that autograd treats alike."""
-    twin = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    if tensor.is_leaf:
-        return twin
-    with torch.enable_grad():
-        return twin.clone()
+        return "a leaf that requires a gradient cannot be stepped in-place with differentiable=True"
+    slots = {name: state.get(name) for name in names}
+    for name, value in slots.items():
+        if name != "step" and torch.is_tensor(value) and value.shape != p.shape:
+            return f"its {name} must be of shape {shape_text(p.shape)}, got {shape_text(value.shape)}"
+    if "exp_avg" in names:  # which goes towards the gradient by lerp_: of one dtype
+        wanted = p.dtype if slots["exp_avg"] is None else slots["exp_avg"].dtype
+        if p.grad.dtype != wanted:
+            return precision.misfit(p, slots) or f"its gradient must be {wanted}, as its exp_avg, got {p.grad.dtype}"
+    return None
 
 
 def _without_hooks(step):

@@ -9,7 +9,7 @@ nowhere else.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ MASTER = "master_weight"
 DEFAULTS = {"state_dtype": None, "master_weights": False, "rounding": "nearest", "seed": 0}
 
 _HALVES = (torch.bfloat16, torch.float16)
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
 # Beside their own; of other dtypes state has the parameter's.
 _OTHER_STATE = {
     torch.float32: torch.bfloat16,
@@ -69,7 +68,7 @@ def effect_on(p: torch.Tensor, group: Mapping[str, Any], state: Mapping[str, Any
     """What torch's own step would not do for this parameter; None if there is nothing."""
     if has_master(p, group) or (p.dtype in _HALVES and MASTER in state):
         return "master weights"
-    if is_stochastic(group) and torch.bfloat16 in (p.dtype, state_dtype(p, group)):
+    if is_stochastic(group) and (p.dtype in _HALVES or state_dtype(p, group) == torch.bfloat16):
         return "stochastic rounding"
     return None if state_dtype(p, group) == p.dtype else f"state of {state_dtype(p, group)}"
 
@@ -129,14 +128,32 @@ def check_group(group: Mapping[str, Any], group_text: str) -> None:
         _check_parameter(p, options, where(p, index, group, group_text))
 
 
+def check_noise(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises InvalidArgument for two parameters that would be rounded by the same random bits."""
+    groups_of: dict[tuple, int] = {}
+    for index, group in enumerate(groups):
+        for name in group.get("param_names", ()) if is_stochastic(group) else ():
+            first = groups_of.setdefault((group.get("seed", 0), name), index)
+            if first != index:
+                raise InvalidArgument(
+                    f"group {index}, parameter '{name}': group {first} has one of this name and seed too, and "
+                    "rounding='stochastic' draws by both: give one of the groups another seed"
+                )
+
+
 def _check_values(options, where):
     def require(name, holds, expected):
         if not holds(options[name]):
             raise InvalidArgument(f"{where}: {name} must be {expected}, got {options[name]!r}")
 
-    require("state_dtype", lambda dtype: dtype is None or dtype in _STATE_DTYPES, f"None or one of {_STATE_DTYPES}")
+    is_dtype = lambda dtype: dtype is None or isinstance(dtype, torch.dtype)  # noqa: E731
+    require("state_dtype", is_dtype, "None or a dtype of torch")
     require("master_weights", lambda flag: isinstance(flag, (bool, int)) and flag in (0, 1), "True or False")
-    require("rounding", lambda name: name in ("nearest", "stochastic"), "'nearest' or 'stochastic'")
+    require(
+        "rounding",
+        lambda name: isinstance(name, str) and name in ("nearest", "stochastic"),
+        "'nearest' or 'stochastic'",
+    )
     is_seed = lambda seed: isinstance(seed, numbers.Integral) and 0 <= seed < 2**64  # noqa: E731
     require("seed", is_seed, "an integer from 0 to 2**64 - 1")
 
@@ -145,11 +162,7 @@ def _check_parameter(p, options, where):
     dtype = options["state_dtype"]
     other = _OTHER_STATE.get(p.dtype)
     if dtype not in (None, p.dtype, other):
-        raise InvalidArgument(f"{where}: state_dtype={dtype} is not to be had, {' or '.join(_possible(p, other))} is")
+        possible = " or ".join(map(str, filter(None, (p.dtype, other))))
+        raise InvalidArgument(f"{where}: state_dtype={dtype} is not to be had, {possible} is")
     if is_stochastic(options) and p.dtype == torch.float16:
         raise InvalidArgument(f"{where}: rounding='stochastic' is for torch.bfloat16; float16 has master_weights=True")
-
-
-def _possible(p, other):
-    own = [str(p.dtype)] if p.dtype in _STATE_DTYPES else ["None"]
-    return own if other is None else [*own, str(other)]

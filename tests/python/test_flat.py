@@ -1380,6 +1380,65 @@ def test_hooks_and_closures(trusts):
     assert_same(mine, plain)
 
 
+@TRUSTS
+@pytest.mark.parametrize("stepped", [False, True])
+def test_zero_grad_of_a_gradient_that_was_given_other_memory(stepped, trusts):
+    """It is not in the buffer any more, though it is the same tensor."""
+    p, q = support.tensors((3,), (3,))
+    optimizer = fusestep.optim.SGD([p, q], lr=0.1)
+    fusestep.optim.flatten(optimizer, trust_gradients=trusts)
+    (p.sum() + q.sum()).backward()
+    if stepped:
+        optimizer.step()
+    p.grad.data = torch.full_like(p, 7.0)
+    optimizer.zero_grad()
+    if not trusts:
+        assert p.grad is None or not p.grad.any()
+    assert q.grad is not None and not q.grad.any()
+
+
+def test_names_that_are_edited_change_the_random_bits():
+    optimizers = []
+    for flat in (False, True):
+        p = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16, device=device.DEFAULT))
+        optimizers.append(fusestep.optim.SGD([("w", p)], lr=1e-3, rounding="stochastic"))
+        if flat:
+            fusestep.optim.flatten(optimizers[-1])
+    for index in range(4):
+        for optimizer in optimizers:
+            (p,) = params_of(optimizer)
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
+            if index == 2:
+                optimizer.param_groups[0]["param_names"] = ["v"]
+            optimizer.step()
+        assert torch.equal(params_of(optimizers[0])[0], params_of(optimizers[1])[0])
+
+
+def test_a_loaded_dict_keeps_its_step_counts():
+    saved = torch.optim.Adam(support.tensors((3,)))
+    give_grads(saved, saved, 0)
+    saved.step()
+    loaded = saved.state_dict()
+    optimizer = fusestep.optim.Adam(support.tensors((3,)))
+    fusestep.optim.flatten(optimizer)
+    optimizer.load_state_dict(loaded)
+    give_grads(optimizer, optimizer, 1)
+    optimizer.step()
+    assert loaded["state"][0]["step"] == 1 and optimizer.state[params_of(optimizer)[0]]["step"] == 2
+
+
+def test_groups_beside_other_flat_optimizers_are_looked_at_once(monkeypatch):
+    """For each parameter it took seconds for a few thousand."""
+    other = fusestep.optim.SGD(support.tensors((3,)), lr=0.1)
+    fusestep.optim.flatten(other)
+    calls = []
+    let_go = fusestep.flat.Flat.let_go
+    monkeypatch.setattr(fusestep.flat.Flat, "let_go", lambda self: calls.append(self) or let_go(self))
+    many = fusestep.optim.SGD(support.tensors(*[(2,)] * 50), lr=0.1)
+    fusestep.optim.flatten(many)
+    assert calls.count(other._flat) == 1
+
+
 # ---- graphs ---------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
 """GradScaler through the step, clipping by norm and value, skipping what is not finite."""
 
 import copy
+import fractions
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -620,3 +622,126 @@ def test_groups_and_state_dict_are_torchs_with_limits(name):
     mine = make(name, support.tensors((8,)), max_grad_norm=1.0, skip_nonfinite=True)
     torchs = support.theirs(name)(support.tensors((8,)), lr=1e-2, **SETTINGS[name])
     assert mine.state_dict()["param_groups"][0].keys() == torchs.state_dict()["param_groups"][0].keys()
+
+
+# ---- what a step leaves behind ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_not_kept_alive(scaled, refused):
+    """The next ones would exist beside them."""
+    (p,) = support.tensors((8,))
+    optimizer = fusestep.optim.Adam([p])
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        if scaled:
+            optimizer.grad_scale, optimizer.found_inf = scalar(4.0), scalar(0.0)
+        optimizer.step()
+    if refused:
+        optimizer.param_groups[0]["lr"] = "x"
+        with pytest.raises(fusestep.InvalidArgument):
+            optimizer.step()
+    grad = weakref.ref(p.grad)
+    optimizer.zero_grad()
+    assert grad() is None
+
+
+def test_parameters_that_have_left_are_not_kept_alive():
+    p, q = support.tensors((8,), (8,))
+    optimizer = fusestep.optim.Adam([{"params": [p]}, {"params": [q]}])
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    del optimizer.param_groups[1], optimizer.state[q]
+    left = weakref.ref(q)
+    del q
+    assert left() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_skipped_for_its_gradients_leaves_them_scaled(dtype):
+    (p,) = support.tensors((2,), dtype=dtype)
+    optimizer = fusestep.optim.SGD([p], lr=0.1, skip_nonfinite=True)
+    for good in (False, True):
+        grad = torch.tensor([8.0, 4.0 if good else math.inf], dtype=dtype, device=device.DEFAULT)
+        p.grad = grad.clone()
+        optimizer.grad_scale = scalar(4.0)
+        optimizer.step()
+        assert torch.equal(p.grad, grad / 4 if good else grad)
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("listed", [1, 2])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_the_norm_of_no_gradients_is_zero(listed):
+    optimizer = fusestep.optim.SGD(support.tensors((2,)) * listed, lr=0.1, max_grad_norm=1.0)
+    assert math.isnan(optimizer.grad_norm)  # of no step
+    optimizer.step()
+    assert optimizer.grad_norm == torch.nn.utils.clip_grad_norm_(params_of(optimizer), 1.0) == 0
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert math.isnan(optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["with state", "without"])
+def test_the_norm_of_a_step_that_found_inf_skips(first):
+    (p,) = support.tensors((2,))
+    optimizer = fusestep.optim.SGD([p], lr=0.1, momentum=0.9, max_grad_norm=1.0)
+    if not first:
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    p.grad = torch.tensor([6.0, 8.0], device=device.DEFAULT)
+    optimizer.grad_scale, optimizer.found_inf = scalar(2.0), scalar(1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 5.0
+
+
+def test_limits_are_numbers_whatever_they_were_given_as():
+    optimizer = fusestep.optim.SGD(support.tensors((2,)), lr=0.1, max_grad_norm=fractions.Fraction(1, 2), clip_value=1)
+    assert (type(optimizer.max_grad_norm), type(optimizer.clip_value)) == (float, float)
+    assert (optimizer.max_grad_norm, optimizer.clip_value) == (0.5, 1.0)
+
+
+def test_conjugates_are_seen_where_memory_is_as_it_was():
+    (p,) = support.tensors((3,), dtype=torch.complex64)
+    q = torch.nn.Parameter(p.detach().clone())
+    mine, torchs = fusestep.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for index in range(4):
+        for one, optimizer in ((p, mine), (q, torchs)):
+            one.grad = torch.full_like(one, complex(1, 2))
+            if index == 2:
+                one.data = one.data.conj()
+            if index == 3:
+                optimizer.state[one]["momentum_buffer"] = optimizer.state[one]["momentum_buffer"].conj()
+            optimizer.step()
+    assert torch.allclose(p, q)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_norm_does_not_depend_on_who_gets_state_in_the_step(seed):
+    """Parameters are summed in their order, not those last that Python has looked at."""
+    shapes = [(), (4, 5), (33,), (), (4, 5), (100,), (1,), (100,)]
+    parameters = support.tensors(*shapes, dtype=torch.float64)
+    optimizer = fusestep.optim.Adam(parameters, max_grad_norm=1.0)
+    norms = []
+    for index in range(3):
+        support.set_grads(parameters, seed=seed)
+        if index == 0:
+            parameters[1].grad = None
+        if index == 1:
+            parameters[4].grad = parameters[4].grad.t().contiguous().t()
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+    assert norms[1] == norms[2]
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "clip_value", "skip_nonfinite", "keep_scaled_grads"])
+def test_settings_of_the_optimizer_are_not_those_of_a_group(name):
+    p, q = support.tensors((2,), (2,))
+    text = f"group .: {name} is a setting of the whole optimizer"
+    with pytest.raises(fusestep.InvalidArgument, match=text):
+        fusestep.optim.SGD([{"params": [p], name: 1.0}], lr=0.1)
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    with pytest.raises(fusestep.InvalidArgument, match=text):
+        optimizer.add_param_group({"params": [q], name: 1.0})
+    assert len(optimizer.param_groups) == 1

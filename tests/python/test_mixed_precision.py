@@ -241,6 +241,66 @@ def test_stochastic_steps_are_near_the_exact_ones(rule, layout):
             assert is_neighbour.all() if got[name].dtype == BF16 else torch.equal(got[name], exact[name])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64], ids=str)
+def test_state_may_be_asked_for_in_the_parameters_own_dtype(dtype):
+    (p,) = support.tensors((4,), dtype=dtype)
+    optimizer = fusestep.optim.Adam([p], state_dtype=dtype)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == dtype
+
+
+def test_a_master_weight_that_is_left_is_not_rounded_stochastically():
+    p = torch.nn.Parameter(torch.ones(4, dtype=BF16, device=device.DEFAULT))
+    optimizer = fusestep.optim.SGD([p], lr=1.0, master_weights=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0].update(master_weights=False, rounding="stochastic")
+    before = p.detach().clone()
+    with pytest.raises(fusestep.InvalidArgument, match="parameter 0 .* has a master weight in its state"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    del optimizer.state[p]["master_weight"]
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_of_one_name_are_not_rounded_alike(added):
+    a, b = (torch.nn.Parameter(torch.ones(64, dtype=BF16, device=device.DEFAULT)) for _ in range(2))
+    groups = [{"params": [("w", a)]}, {"params": [("w", b)]}]
+    text = "group 1, parameter 'w': group 0 has one of this name and seed too"
+    if added:
+        optimizer = fusestep.optim.SGD(groups[:1], lr=1e-3, rounding="stochastic")
+        with pytest.raises(fusestep.InvalidArgument, match=text):
+            optimizer.add_param_group(groups[1])
+        assert len(optimizer.param_groups) == 1
+    else:
+        with pytest.raises(fusestep.InvalidArgument, match=text):
+            fusestep.optim.SGD(groups, lr=1e-3, rounding="stochastic")
+    groups = [{"params": [("w", a)]}, {"params": [("w", b)], "seed": 1}]
+    optimizer = fusestep.optim.SGD(groups, lr=1e-3, rounding="stochastic")
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    assert not torch.equal(a, b)
+    optimizer.param_groups[1]["seed"] = 0
+    with pytest.raises(fusestep.InvalidArgument, match=text):
+        optimizer.step()
+
+
+def test_a_parameter_that_became_float16_is_not_left_to_torch_with_stochastic_rounding():
+    (p,) = support.tensors((4,))
+    optimizer = fusestep.optim.SGD([p], lr=0.1, rounding="stochastic")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.data = p.data.half()
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    with pytest.raises(fusestep.InvalidArgument, match="stochastic"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def stochastic_run(seed=7, names=("a", "b"), split=False, order=(0, 1), threads=None):
     parameters = support.tensors((300,), (41, 5), dtype=BF16)
     named = [(names[i], parameters[i]) for i in order]
@@ -470,15 +530,20 @@ def test_summary_shows_the_slot():
 # ---- errors ------------------------------------------------------------------------------------
 
 WRONG = [
-    (F32, {"state_dtype": F16}, "state_dtype must be None or one of .*float32.*bfloat16.*, got torch.float16"),
+    (F32, {"state_dtype": "float16"}, "state_dtype must be None or a dtype of torch, got 'float16'"),
+    (F32, {"state_dtype": F16}, "state_dtype=torch.float16 is not to be had, torch.float32 or torch.bfloat16 is"),
     (F32, {"state_dtype": "float32"}, "state_dtype must be .*, got 'float32'"),
     (BF16, {"master_weights": 2}, "master_weights must be True or False, got 2"),
     (BF16, {"rounding": "up"}, "rounding must be 'nearest' or 'stochastic', got 'up'"),
     (BF16, {"rounding": "stochastic", "seed": -1}, "seed must be an integer from 0 to .*, got -1"),
     (BF16, {"rounding": "stochastic", "seed": 0.5}, "seed must be an integer"),
     (BF16, {"rounding": "stochastic", "master_weights": True}, "without master weights"),
-    (F16, {"state_dtype": BF16}, "'w' of torch.float16: state_dtype=torch.bfloat16 .* None or torch.float32 is"),
-    (F64, {"state_dtype": F32}, "'w' of torch.float64: state_dtype=torch.float32 .* None is"),
+    (
+        F16,
+        {"state_dtype": BF16},
+        "'w' of torch.float16: state_dtype=torch.bfloat16 .* torch.float16 or torch.float32 is",
+    ),
+    (F64, {"state_dtype": F32}, "'w' of torch.float64: state_dtype=torch.float32 .* torch.float64 is"),
     (torch.complex64, {"state_dtype": F32}, "'w' of torch.complex64: state_dtype=torch.float32"),
     (F16, {"rounding": "stochastic"}, "'w' of torch.float16: rounding='stochastic' is for torch.bfloat16"),
     (BF16, {"master_weights": True, "differentiable": True}, "master_weights: not with differentiable=True"),

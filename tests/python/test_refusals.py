@@ -84,6 +84,20 @@ def state_of_another_shape(optimizer):
     return undo
 
 
+def expanded_state(optimizer):
+    p = params_of(optimizer)[-1]
+    before = dict(optimizer.state[p]) if p in optimizer.state else None
+    optimizer.state[p] = {"momentum_buffer": torch.zeros((), device=p.device).expand(p.shape)}
+
+    def undo():
+        if before is None:
+            del optimizer.state[p]
+        else:
+            optimizer.state[p] = before
+
+    return undo
+
+
 Case = collections.namedtuple("Case", "rule dtype options spoil error text", defaults=({}, None, None, None))
 WRONG = fusestep.InvalidArgument
 # What is wrong with the second group, or its last parameter, and what is said.
@@ -100,7 +114,9 @@ CASES = {
     "gradient beside master weights": Case(
         "Adam", BF16, {"master_weights": True}, half_gradient, WRONG, "group 1, parameter 1 .*, got torch.float16"
     ),
-    "gradient, torch's own step": Case("Adam", BF16, {}, half_gradient, RuntimeError, "dtype"),
+    "gradient, torch's own step": Case(
+        "Adam", BF16, {}, half_gradient, WRONG, "group 1, parameter 1 .*: its gradient must be .*, got torch.float16"
+    ),
     "sparse gradient": Case("Adam", F32, {}, sparse_gradient, RuntimeError, "does not support sparse gradients"),
     "sparse gradient, weight decay": Case("SGD", F32, {"weight_decay": 0.1}, sparse_gradient, RuntimeError),
     "sparse gradient, master weights": Case(
@@ -119,7 +135,12 @@ CASES = {
         WRONG,
         r"its exp_avg must be of shape 5, got 7",
     ),
-    "state, torch's own step": Case("Adam", F32, {}, state_of_another_shape, RuntimeError),
+    "state, torch's own step": Case(
+        "Adam", F32, {}, state_of_another_shape, WRONG, "group 1, parameter 1 .*: its exp_avg must be of shape 5, got 7"
+    ),
+    "expanded state": Case(
+        "SGD", F32, {}, expanded_state, WRONG, "group 1, parameter 1 .*: momentum_buffer is expanded"
+    ),
     "stochastic and master weights": Case(
         "Adam",
         BF16,
@@ -151,7 +172,9 @@ CASES = {
     "a beta": Case(
         "Adam", F32, {}, setting("betas", (0.9, None)), WRONG, r"group 1: betas must be two numbers, got \(0.9, None\)"
     ),
-    "a leaf, differentiable": Case("Adam", F32, {}, differentiable, RuntimeError, "in-place"),
+    "a leaf, differentiable": Case(
+        "Adam", F32, {}, differentiable, WRONG, "group 1, parameter 0 .*: a leaf .* in-place"
+    ),
 }
 AROUND = {
     "": {},
@@ -296,6 +319,7 @@ def test_a_step_of_torchs_without_memory_has_not_happened(monkeypatch):
     mine = fusestep.optim.Adam([{"params": [dense]}, {"params": [other], "differentiable": True}])
     for p in (dense, other):
         p.grad = torch.ones_like(p)
+    other.requires_grad_(False)  # a leaf that requires one is refused
     before = everything(mine)
     monkeypatch.setattr(torch.optim.Adam, "_init_group", failing(torch.optim.Adam._init_group, 1))
     with pytest.raises(torch.OutOfMemoryError):
@@ -308,6 +332,7 @@ def test_a_step_of_torchs_without_memory_has_not_happened(monkeypatch):
 WRONG_ATTRIBUTES = [
     ("max_grad_norm", -1.0, "max_grad_norm must be None or a number >= 0, got -1.0"),
     ("max_grad_norm", True, "max_grad_norm must be None or a number >= 0, got True"),
+    ("max_grad_norm", 10**400, "max_grad_norm must be None or a number >= 0, got 1000"),
     ("max_grad_norm", torch.tensor(1.0), "max_grad_norm must be None or a number >= 0, got tensor"),
     ("clip_value", "1", "clip_value must be None or a number >= 0, got '1'"),
     ("skip_nonfinite", "no", "skip_nonfinite must be True or False, got 'no'"),
@@ -339,23 +364,50 @@ def test_settings_are_named_where_a_graphs_are_brought_along():
         mine.sync_hyper()
 
 
-def test_large_tables_with_sparse_gradients_are_not_copied(monkeypatch):
-    """torch's SGD takes them, which is known; what it may refuse is tried on copies."""
-    table = torch.nn.Parameter(support.tensors((6, 3))[0].detach().clone())
-    copied = []
-    monkeypatch.setattr(
-        fusestep.optim, "_twin", lambda tensor, made=fusestep.optim._twin: copied.append(1) or made(tensor)
-    )
-    mine = fusestep.optim.SGD([table], lr=0.1, momentum=0.9)
-    with pytest.warns(UserWarning, match="sparse"):
-        for _ in range(2):
-            table.grad = torch.ones_like(table).to_sparse()
-            mine.step()
-    assert not copied
-    table.grad = torch.ones_like(table)
-    with pytest.raises(RuntimeError):  # beside a sparse buffer
-        mine.step()
-    assert copied
+def test_an_expanded_parameter_is_refused_before_others_move():
+    (q,) = support.tensors((3,))
+    p = torch.nn.Parameter(torch.ones(1, device=device.DEFAULT).expand(3))
+    q.grad, p.grad = torch.ones_like(q), torch.ones(3, device=device.DEFAULT)
+    optimizer = fusestep.optim.SGD([p, q], lr=0.1, momentum=0.9)
+    before = everything(optimizer)
+    with pytest.raises(WRONG, match="group 0, parameter 0 .*: the parameter is expanded"):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+@pytest.mark.filterwarnings("ignore:fusestep.optim")
+def test_torchs_own_step_that_raises_leaves_alone_whom_it_does_not_step(monkeypatch):
+    """Of those that it steps one has moved and one has not, as with torch."""
+    table, other, dense = support.tensors((4, 2), (4, 2), (5,))
+    for p in (table, other):
+        p.grad = torch.ones_like(p).to_sparse(1)
+    dense.grad = torch.ones_like(dense)
+    optimizer = fusestep.optim.SGD([dense, table, other], lr=0.1, momentum=0.9)
+    before = [p.detach().clone() for p in (dense, table, other)]
+    add = torch.Tensor.add_
+    monkeypatch.setattr(torch.Tensor, "add_", lambda p, *a, **k: 1 / 0 if p is other else add(p, *a, **k))
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    moved = [not torch.equal(p, start) for p, start in zip((dense, table, other), before, strict=True)]
+    assert moved == [False, True, False]
+    assert dense not in optimizer.state
+
+
+def test_a_closures_own_error_is_not_taken_for_a_settings():
+    optimizer = fusestep.optim.SGD(support.tensors((2,)), lr=0.1)
+    optimizer.param_groups[0]["momentum"] = "x"
+
+    def closure():
+        raise ValueError("bad batch")
+
+    with pytest.raises(ValueError, match="bad batch"):
+        optimizer.step(closure)
+
+
+def test_a_step_of_no_groups_is_none():
+    optimizer = fusestep.optim.Adam(support.tensors((2,)))
+    optimizer.param_groups.clear()
+    optimizer.step()
 
 
 def test_settings_that_older_pickles_lack():

@@ -5,6 +5,7 @@ import gc
 import itertools
 import subprocess
 import sys
+import threading
 import tracemalloc
 
 import pytest
@@ -31,6 +32,47 @@ def test_optimizers_in_parallel_threads_give_serial_bits(name):
         parallel = list(pool.map(lambda seed: train(name, seed), seeds))
     for got, expected in zip(parallel, serial, strict=True):
         support.assert_bits(got, expected)
+
+
+@pytest.mark.parametrize("other", ["zero_grad", "step", "grad_norm", "skipped_steps", "sync_hyper"])
+def test_one_optimizer_in_two_threads(other):
+    """Either comes first; neither reads what the other is writing, or has freed."""
+    parameters = support.tensors(*[(20_000,)] * 8)
+    optimizer = support.ours("Adam")(parameters, max_grad_norm=1.0)
+    stop, errors = threading.Event(), []
+
+    def drop_gradients():
+        for p in parameters:
+            p.grad = None
+
+    does = {
+        "zero_grad": drop_gradients,
+        "step": optimizer.step,
+        "grad_norm": lambda: optimizer.grad_norm,
+        "skipped_steps": lambda: optimizer.skipped_steps,
+        "sync_hyper": optimizer.sync_hyper,
+    }[other]
+
+    def others_work():
+        try:
+            while not stop.is_set():
+                does()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=others_work)
+    thread.start()
+    try:
+        for index in range(150):
+            optimizer.param_groups[0]["params"][:] = parameters[: 4 + index % 5]
+            for p in parameters:
+                p.grad = torch.full_like(p, 1e-3)
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+    assert all(p.isfinite().all() for p in parameters)
 
 
 ON_THREADS_OF_TORCH = """
