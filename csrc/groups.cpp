@@ -194,6 +194,10 @@ void Engine::set_value(int index, const TensorView& value) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   if (!value.present) throw InvalidArgument(where(parameter) + ": has no value");
   check_like(where(parameter), "value", value, parameter.value.dtype, parameter.value);
+  if (parameter.flat != nullptr && value.data != parameter.value.data) {
+    throw InvalidArgument(where(parameter) +
+                          ": lies in a buffer of its flat group and cannot be moved");
+  }
   TensorView before = std::exchange(parameter.value, value);
   try {
     refuse_values_and_slots_that_overlap(value.device);

@@ -137,7 +137,8 @@ class FUSESTEP_API ParameterRef {
   /// float64); an absent view means none.
   void set_grad(const TensorView& grad);
   void clear_grad() { set_grad({}); }
-  /// The parameter has moved: same dtype, shape and device at another address.
+  /// The parameter has moved: same dtype, shape and device at another address. One of a flat group
+  /// cannot move.
   void set_value(const TensorView& value);
 
   /// A frozen parameter is not read, written, decayed, counted or part of a norm. Its state stays
