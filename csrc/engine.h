@@ -160,7 +160,7 @@ class Engine {
   void stage(int device, void* stream, int norm_parts);
   std::vector<HyperRow> changed_hypers(const DeviceRecord& device) const;
   void forget_changed_settings();
-  void write_state(DeviceRecord& device, int index, StepState state);
+  void give_state(const ParameterRecord& parameter, StepState state);
   void sum_squares(std::span<const Stream> streams);
   void refuse_between_halves() const;
   void send_sum(int position, DeviceRecord& from, void* from_stream,

@@ -493,6 +493,32 @@ TEST_F(Graphs, StepWhatWasCapturedWhoeverIsFrozenLater) {
   twins.expect_equal("at the end");
 }
 
+TEST_F(Graphs, CountOnWhereSlotsAreBound) {
+  ReadyTwins twins(two_groups());
+  eager_step(twins);
+  const RecordedGraph graph = capture(twins.cuda);
+  run(twins, graph);
+  std::int64_t steps = 2;
+  std::vector<std::unique_ptr<DeviceMemory>> bound;
+  for (const auto& [name, slot] : {std::pair("body.0", "exp_avg"), {"head.0", "momentum_buffer"}}) {
+    StateRef state = twins.cuda.state(name);
+    TensorView memory = state.slot(slot);
+    bound.push_back(std::make_unique<DeviceMemory>(memory.bytes()));
+    bound.back()->upload(std::string(memory.bytes(), '\0').data());
+    memory.data = bound.back()->data();
+    state.bind_slot(slot, memory);
+    for (int i = 0; i < 2; ++i) run(twins, graph);
+    steps += 2;
+    EXPECT_EQ(steps, state.step()) << slot;
+    run(twins, graph);
+    twins.both([name = name](Optimizer& o) { o.state(name).set_step(100); });
+    EXPECT_EQ(100, state.step()) << slot;
+    ++steps;
+  }
+  eager_step(twins);
+  twins.expect_equal_steps("at the end");
+}
+
 TEST_F(Graphs, FollowStepCountsThatAreSet) {
   ReadyTwins twins(two_groups());
   eager_step(twins);
