@@ -243,6 +243,7 @@ int Engine::device_index(Device device, const std::string& where) {
   }
   auto record = std::make_unique<DeviceRecord>();
   record->device = device;
+  record->index = static_cast<int>(devices_.size());
   record->backend = device.is_cuda() ? make_cuda_backend(device.index, options_.cuda_allocator)
                                      : make_cpu_backend();
   record->store = std::make_unique<StateStore>(*record->backend);

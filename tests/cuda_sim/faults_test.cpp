@@ -34,6 +34,7 @@ class Life {
   virtual void expect_equal(const std::string& when) {
     twins->expect_equal_memory(when);
     twins->expect_equal_steps(when);
+    twins->expect_equal_slot_names(when);
   }
 };
 
