@@ -290,6 +290,7 @@ void Engine::fill_master(const ParameterRecord& parameter, const Slot& master, v
 void Engine::refresh_master_weights(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
+  refuse_in_capture("refresh_master_weights()", streams);
   on_device([&] {
     for (const ParameterRecord& parameter : parameters_) {
       const Slot* master = parameter.find_slot(kMasterWeight);

@@ -399,8 +399,9 @@ class CudaBackend final : public Backend {
           captured_(backend.capture_id(stream_) != 0) {
       if (captured_ && capture == Captured::kRefused) {
         throw InvalidArgument("cuda:" + std::to_string(backend_.device_) +
-                              ": the stream is being captured into a CUDA graph, and only a step "
-                              "can be: do this outside of the capture");
+                              ": the stream is being captured into a CUDA graph, where only "
+                              "step() and zero_grad() can be called: do this outside of the "
+                              "capture");
       }
       if (captured_) {
         backend_.in_graphs_ = backend_.tables_->in_graph = true;

@@ -110,6 +110,23 @@ TEST(MasterWeights, ReplaceWhatIsWrittenToParametersUnlessRefreshed) {
   EXPECT_EQ(tensor.value.get(7), 3.0);
 }
 
+/// The host does not know of a step that is skipped when it runs.
+TEST(MasterWeights, AreMadeByTheFirstStepThatTheHostDoesNotSkip) {
+  float one = 1;
+  for (const bool by_host : {false, true}) {
+    Tensor tensor(kF16, kF16, 10);
+    tensor.value.fill([](std::uint64_t) { return 1.0; });
+    tensor.grad.fill([](std::uint64_t) { return 0.0; });
+    Optimizer optimizer;
+    optimizer.add_group("g", SgdHyper{.lr = 0.25}, {tensor.as("p")}, {.master_weights = true});
+    optimizer.step(by_host ? StepOptions{.skip = true}
+                           : StepOptions{.skip_source = view(&one, {})});
+    tensor.value.fill([](std::uint64_t) { return 3.0; });
+    optimizer.step();
+    EXPECT_EQ(tensor.value.get(7), by_host ? 3.0 : 1.0);
+  }
+}
+
 /// Only 16-bit parameters have them.
 TEST(MasterWeights, OfMixedGroups) {
   Tensor half(kBf16, kBf16, 5), single(kF32, kF32, 5), wide(kF64, kF64, 5);

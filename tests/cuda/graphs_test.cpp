@@ -921,17 +921,22 @@ TEST_F(Refused, ParametersOfTheCpu) {
 }
 
 TEST_F(Refused, EverythingElseOnACapturedStream) {
-  const std::string other =
-      "cuda:0: the stream is being captured into a CUDA graph, and only a step can be: do this "
-      "outside of the capture";
+  const std::string state_as_a_whole =
+      "state_dict(), save() or load() cannot be captured into a CUDA graph: call it outside of the "
+      "capture";
   const StateDict state = twins_->cpu.state_dict();
   const std::pair<std::function<void(Optimizer&)>, std::string> calls[] = {
       {[&](Optimizer& o) { o.sync_hyper(streams()); },
        "sync_hyper() cannot be captured into a CUDA graph: call it outside of the capture"},
       {[&](Optimizer& o) { o.grad_norm(streams()); },
        "grad_norm() cannot be captured into a CUDA graph: call it outside of the capture"},
-      {[&](Optimizer& o) { o.state_dict(streams()); }, other},
-      {[&](Optimizer& o) { o.load_state_dict(state, streams()); }, other},
+      {[&](Optimizer& o) { o.refresh_master_weights(streams()); },
+       "refresh_master_weights() cannot be captured into a CUDA graph: call it outside of the "
+       "capture"},
+      {[&](Optimizer& o) { o.norm_begin(Device::cuda(), streams()); },
+       "norm_begin() cannot be captured into a CUDA graph: call it outside of the capture"},
+      {[&](Optimizer& o) { o.state_dict(streams()); }, state_as_a_whole},
+      {[&](Optimizer& o) { o.load_state_dict(state, streams()); }, state_as_a_whole},
   };
   twins_->cuda.grad_norm();
   twins_->cuda.group("body").set_lr(1e-3);
