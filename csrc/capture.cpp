@@ -128,7 +128,7 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
       refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
     }
   });
-  if (device.members_changed) {
+  if (plan_is_stale(device)) {
     refuse_capture("which parameters step on " + to_string(device.device) +
                        ", or where their values and slots lie, has changed since the last step",
                    kStepFirst);

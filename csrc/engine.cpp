@@ -103,7 +103,7 @@ void Engine::list_working_devices() {
     decided_.reserve(devices_.size());  // nothing can fail after a step
     for (const auto& device : devices_) {
       device->works =
-          device->members_changed ? stepping_on(*device) != nullptr : !device->plan.tensors.empty();
+          plan_is_stale(*device) ? stepping_on(*device) != nullptr : !device->plan.tensors.empty();
       if (device->works) working_.push_back(device.get());
     }
   });
@@ -178,8 +178,8 @@ void Engine::check(const StepOptions& options) {
   if (!(options.clip_value >= 0)) {
     throw InvalidArgument("clip_value must be >= 0, got " + std::to_string(options.clip_value));
   }
-  const auto is_planned = [](const auto& device) {
-    return device->stores_grads && !device->members_changed;
+  const auto is_planned = [&](const auto& device) {
+    return device->stores_grads && !plan_is_stale(*device);
   };
   if (options.store_unscaled_grads && !std::all_of(devices_.begin(), devices_.end(), is_planned)) {
     refuse_if_grads_cannot_be_stored();
@@ -228,13 +228,13 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
   if (memory_is_checked_) {
     on_device([&] {
       for (const auto& device : devices_) {
-        if (device->members_changed || !device->changed_grads.empty()) check_no_overlap(*device);
+        if (plan_is_stale(*device) || !device->changed_grads.empty()) check_no_overlap(*device);
       }
     });
   }
   on_device([&] {
     for (const auto& device : devices_) {
-      if (device->members_changed) grow_state(*device, stream_of(streams, device->device));
+      if (plan_is_stale(*device)) grow_state(*device, stream_of(streams, device->device));
     }
     for (const auto& device : devices_) {
       // What a capture may not bring has been refused, or is of devices that do not work in it.
@@ -243,6 +243,17 @@ void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
     }
   });
   forget_changed_settings();
+}
+
+/// One that was frozen or without a gradient for a while, and is as the plan has it, is no reason.
+bool Engine::plan_is_stale(const DeviceRecord& device) const {
+  if (device.members_changed || !device.stepping_changed) return device.members_changed;
+  return std::any_of(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
+    if (parameter.device != device.index) return false;
+    const bool is_planned = parameter.row >= 0;
+    return parameter.steps() != is_planned ||
+           (is_planned && parameter.grad.dtype != key_at(parameter.layout).grad);
+  });
 }
 
 /// Values and slots are sorted when they have changed, gradients whenever one has moved.
@@ -302,7 +313,8 @@ void Engine::refresh_master_weights(std::span<const Stream> streams) {
 
 void Engine::stage(DeviceRecord& device, void* stream, int norm_parts) {
   Backend::Tables tables{};
-  if (device.members_changed) {
+  if (plan_is_stale(device)) {
+    device.members_changed = true;  // until all of it has arrived
     device.plan =
         build_plan(device.index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
@@ -327,7 +339,7 @@ void Engine::stage(DeviceRecord& device, void* stream, int norm_parts) {
   device.staged_states = device.states;
   // Those that wait in a capture are of parameters that do not step in it.
   if (!capturing_) bring_given_states(device, stream);
-  device.members_changed = device.hypers_changed = false;
+  device.members_changed = device.stepping_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
   device.staged_norm_parts = std::max(device.staged_norm_parts, norm_parts);
   for (const int changed : device.changed_grads) {

@@ -36,8 +36,9 @@ struct DeviceRecord {
   int staged_states = 0;                  // of them known to the backend
   std::map<int, StepState> given_states;  // set by the caller, not yet known to the backend
 
-  bool works = false;            // in the step at hand: some parameter of it steps
-  bool members_changed = false;  // who steps, with which rule, or where values and slots are
+  bool works = false;             // in the step at hand: some parameter of it steps
+  bool members_changed = false;   // with which rule who steps, or where values and slots are
+  bool stepping_changed = false;  // who steps; perhaps back to what it was: see plan_is_stale()
   bool norm_blocks_staged = false;
   int staged_norm_parts = 0;
   bool hypers_changed = false;
@@ -156,6 +157,7 @@ class Engine {
   void refuse_if_grads_cannot_be_stored() const;
   void refresh(std::span<const Stream> streams, int norm_parts);
   void run(const StepOptions& options, bool with_norm, bool is_reduced);
+  bool plan_is_stale(const DeviceRecord& device) const;
   void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
   void choose_kernels(const StepOptions& options);

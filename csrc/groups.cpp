@@ -182,12 +182,13 @@ void Engine::set_grad(int index, const TensorView& grad) {
     check_grad(where(parameter), group.options, grad, parameter.value);
   }
   const bool steps_before = parameter.steps();
-  const bool moved = grad.data != parameter.grad.data;
+  // One that does not step now may still be in the plan, with the gradient it had when it did.
+  const bool moved = steps_before ? grad.data != parameter.grad.data : parameter.row >= 0;
   const bool other_dtype = grad.present && grad.dtype != parameter.grad.dtype;
   DeviceRecord& device = device_of(parameter);
-  if (steps_before && grad.present && moved) device.note_moved_grad(parameter, index);
+  if (grad.present && moved) device.note_moved_grad(parameter, index);
   parameter.grad = grad;
-  if (parameter.steps() != steps_before || other_dtype) device.members_changed = true;
+  if (parameter.steps() != steps_before || other_dtype) device.stepping_changed = true;
 }
 
 void Engine::set_value(int index, const TensorView& value) {
@@ -212,7 +213,7 @@ void Engine::set_frozen(int index, bool frozen) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   if (parameter.frozen == frozen) return;
   parameter.frozen = frozen;
-  device_of(parameter).members_changed = true;
+  device_of(parameter).stepping_changed = true;
 }
 
 void Engine::set_frozen(std::string_view name, bool frozen) {

@@ -351,6 +351,22 @@ TEST(StochasticRounding, KeepsWhatIsExactInfiniteOrNan) {
   }
 }
 
+TEST(Gradients, MayComeBackWithAnotherDtype) {
+  Tensor changed(kBf16, kBf16, 300), taken_away(kBf16, kBf16, 300), wide(kF32, kF32, 300);
+  wide.grad.fill_numbers(9);
+  Optimizer optimizer, control;
+  control.add_group("g", AdamHyper{}, {changed.as("p")});
+  optimizer.add_group("g", AdamHyper{}, {taken_away.as("p")});
+  optimizer.step();
+  control.step();
+  control.parameter("p").set_grad(wide.grad.view());
+  optimizer.parameter("p").clear_grad();
+  optimizer.parameter("p").set_grad(wide.grad.view());
+  optimizer.step();
+  control.step();
+  EXPECT_TRUE(snapshot(optimizer) == snapshot(control));
+}
+
 // --- loss scale -------------------------------------------------------------------------------
 
 TEST(LossScale, DividesAndStoresAsAskedInEveryLayout) {

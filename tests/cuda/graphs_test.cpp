@@ -526,6 +526,32 @@ TEST_F(Graphs, LeaveAloneWhoHasBeenFrozenOnTheCpu) {
   twins.expect_equal("at the end");
 }
 
+TEST_F(Graphs, CanBeCapturedWhereWhoStepsIsAsBefore) {
+  ReadyTwins twins(two_groups());
+  eager_step(twins);
+  twins.cuda.freeze("body");
+  twins.set_grad("head.0", false);
+  twins.cuda.thaw("body");
+  twins.set_grad("head.0", true);
+  const RecordedGraph graph = capture(twins.cuda);
+  run(twins, graph);
+  // And with gradients elsewhere, which were given meanwhile.
+  twins.fill_grads(pool_, 100, 1);
+  check(cudaDeviceSynchronize());
+  twins.both([](Optimizer& o) {
+    o.freeze("head");
+    o.parameter("body.1").clear_grad();
+  });
+  twins.use_grads(1);
+  twins.both([](Optimizer& o) { o.thaw("head"); });
+  const RecordedGraph elsewhere = capture(twins.cuda);
+  twins.cpu.step();
+  elsewhere.run(*stream_);
+  twins.use_grads(0);
+  eager_step(twins);
+  twins.expect_equal("at the end");
+}
+
 /// What waits for one that does not step waits for a step outside of captures.
 TEST_F(Graphs, TakeMovedGradientsWhileCountsOfFrozenOnesWait) {
   ReadyTwins twins(two_groups());
