@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "engine.h"
+#include "plan.h"
 
 namespace fusestep::detail {
 namespace {
@@ -31,7 +32,7 @@ bool Engine::in_graphs() const {
 }
 
 void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams) {
-  if (!is_captured(streams)) return;
+  if (captured_device(streams) == nullptr) return;
   throw InvalidArgument(std::string(call) +
                         " cannot be captured into a CUDA graph: call it outside of the capture");
 }
@@ -40,7 +41,7 @@ void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams
 const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
   const auto found =
       std::find_if(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
-        return parameter.steps() && parameter.value.device == device.device;
+        return parameter.device == device.index && parameter.steps();
       });
   return found == parameters_.end() ? nullptr : &*found;
 }
@@ -48,10 +49,10 @@ const ParameterRecord* Engine::stepping_on(const DeviceRecord& device) const {
 const DeviceRecord* Engine::captured_device(std::span<const Stream> streams) {
   const DeviceRecord* captured = nullptr;
   on_device([&] {
-    for (const auto& device : devices_) {
-      if (captured != nullptr) return;
-      if (capture_of(*device, streams) != 0) captured = device.get();
-    }
+    const auto found = std::find_if(devices_.begin(), devices_.end(), [&](const auto& device) {
+      return capture_of(*device, streams) != 0;
+    });
+    if (found != devices_.end()) captured = found->get();
   });
   return captured;
 }
@@ -62,19 +63,18 @@ void Engine::refuse_others_in_capture(std::span<const Stream> streams) {
                  kStepFirst);
 }
 
-/// Whether the streams of all devices that step are captured, into one graph.
+/// Whether the streams of all devices with work are captured, into one graph.
 bool Engine::is_captured(std::span<const Stream> streams) {
   const DeviceRecord* const captured = captured_device(streams);
   if (captured == nullptr) return false;
-  for (const auto& device : devices_) {
-    const ParameterRecord* parameter = stepping_on(*device);
-    if (parameter == nullptr) continue;
+  for (const DeviceRecord* device : working_) {
+    const ParameterRecord& parameter = *stepping_on(*device);
     if (!device->device.is_cuda()) {
-      refuse_capture(where(*parameter) + " lives on the CPU",
+      refuse_capture(where(parameter) + " lives on the CPU",
                      "freeze it, or step it with another optimizer");
     }
     if (capture_of(*device, streams) == capture_of(*captured, streams)) continue;
-    refuse_capture(where(*parameter) + " lives on " + to_string(device->device) +
+    refuse_capture(where(parameter) + " lives on " + to_string(device->device) +
                        ", whose stream is not captured into the graph that " +
                        to_string(captured->device) + "'s is",
                    "let it wait for an event that was recorded on the captured stream first");
@@ -97,9 +97,7 @@ void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with
     if (parameter.frozen || parameter.grad.present || parameter.may_lack_grad) continue;
     refuse_capture(where(parameter) + " has no gradient", "set one, or freeze the parameter");
   }
-  for (const auto& device : devices_) {
-    if (stepping_on(*device) != nullptr) refuse_what_is_pending(*device, options, with_norm);
-  }
+  for (const DeviceRecord* device : working_) refuse_what_is_pending(*device, options, with_norm);
   const auto refuse_foreign = [&](const char* name, const TensorView& source) {
     if (!source.present) return;
     for (const ParameterRecord& parameter : parameters_) {
@@ -116,8 +114,10 @@ void Engine::refuse_what_a_graph_cannot_do(const StepOptions& options, bool with
 
 void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
                                     bool with_norm) const {
-  for (const ParameterRecord& parameter : parameters_) {
-    if (parameter.value.device != device.device || !parameter.steps()) continue;
+  const auto for_each = [&](auto&& refuse) {
+    for_each_stepping(device.index, groups_, parameters_, refuse);
+  };
+  for_each([&](int, const ParameterRecord& parameter) {
     const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
     for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
       if (parameter.find_slot(kind.name) != nullptr) continue;
@@ -127,20 +127,18 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
     if (parameter.state >= device.staged_states) {
       refuse_capture(where(parameter) + " has not stepped yet", kStepFirst);
     }
-  }
-  if (device.members_changed) {
+  });
+  if (plan_is_stale(device)) {
     refuse_capture("which parameters step on " + to_string(device.device) +
                        ", or where their values and slots lie, has changed since the last step",
                    kStepFirst);
   }
-  for (const ParameterRecord& parameter : parameters_) {
-    if (parameter.value.device != device.device || !parameter.steps()) continue;
-    if (device.given_states.count(parameter.state) != 0) {
-      refuse_capture("the step count of " + where(parameter) + " was set and is not on " +
-                         to_string(device.device) + " yet",
-                     "call sync_hyper() first");
-    }
-  }
+  for_each([&](int, const ParameterRecord& parameter) {
+    if (device.given_states.count(parameter.state) == 0) return;
+    refuse_capture("the step count of " + where(parameter) + " was set and is not on " +
+                       to_string(device.device) + " yet",
+                   "call sync_hyper() first");
+  });
   if (device.hypers_changed) {
     const auto changed = std::find_if(groups_.begin(), groups_.end(),
                                       [](const auto& group) { return group.settings_changed; });
@@ -154,11 +152,11 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
     refuse_capture("store_unscaled_grads is not as in the last step", kStepAlikeFirst);
   }
   const bool norm_is_ready =
-      device.norm_blocks_staged && device.staged_norm_parts >= static_cast<int>(devices_.size());
+      device.norm_blocks_staged && device.staged_norm_parts >= static_cast<int>(working_.size());
   if (with_norm && !norm_is_ready) {
     refuse_capture(
         "it is the first that needs the norm of the gradients on " + to_string(device.device),
-        "make one step with the same options outside of the capture first");
+        kStepAlikeFirst);
   }
 }
 

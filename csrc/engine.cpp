@@ -51,6 +51,7 @@ class Capturing {
 void Engine::step(const StepOptions& options) {
   refuse_if_broken();
   check(options);
+  list_working_devices();
   const Capturing capturing(capturing_, is_captured(options.streams));
   refuse_between_halves();
   const bool is_reduced = norm_half_ == NormHalf::kEnded;
@@ -62,41 +63,51 @@ void Engine::step(const StepOptions& options) {
     return;
   }
   choose_kernels(options);
-  refresh(options.streams, with_norm ? static_cast<int>(devices_.size()) : 0);
-  const DefaultFpEnvironment environment;
-  on_device([&] {
-    list_working_devices();
-    if (is_reduced) {
-      take_reduced_sums(options.streams);
-    } else if (with_norm) {
-      sum_squares(options.streams);
-    }
-    const int norm_parts = is_reduced ? 1 : with_norm ? static_cast<int>(working_.size()) : 0;
-    // All requests first: finding one out may wait for another device.
-    requests_.clear();
-    for (const DeviceRecord* device : working_) {
-      requests_.push_back(request_for(*device, options, norm_parts));
-      requests_.back().counts_skips = requests_.size() == 1;
-    }
-    for (std::size_t i = 0; i < working_.size(); ++i) {
-      try {
-        working_[i]->backend->run(requests_[i], stream_of(options.streams, working_[i]->device));
-      } catch (const OutOfMemory& error) {
-        if (i == 0) throw;
-        throw DeviceError(error.what());  // the devices before this one have stepped
-      }
-    }
-    decided_last_ = working_.empty() ? nullptr : working_.front();
-    norm_half_ = NormHalf::kNone;
+  keep_growth_if(options.streams, [&] {
+    refresh(options.streams, with_norm ? static_cast<int>(working_.size()) : 0);
+    const DefaultFpEnvironment environment;
+    on_device([&] { run(options, with_norm, is_reduced); });
   });
+  decided_ = working_;
+  norm_half_ = NormHalf::kNone;
 }
 
-/// Devices with work, in the order in which their shares of the norm are added.
-void Engine::list_working_devices() {
-  working_.clear();
-  for (const auto& device : devices_) {
-    if (!device->plan.tensors.empty()) working_.push_back(device.get());
+void Engine::run(const StepOptions& options, bool with_norm, bool is_reduced) {
+  if (is_reduced) {
+    take_reduced_sums(options.streams);
+  } else if (with_norm) {
+    sum_squares(options.streams);
   }
+  const int norm_parts = is_reduced ? 1 : with_norm ? static_cast<int>(working_.size()) : 0;
+  // All requests first: finding one out may wait for another device.
+  requests_.clear();
+  for (const DeviceRecord* device : working_) {
+    requests_.push_back(request_for(*device, options, norm_parts));
+    requests_.back().counts_skips = requests_.size() == 1;
+  }
+  for (std::size_t i = 0; i < working_.size(); ++i) {
+    try {
+      working_[i]->backend->run(requests_[i], stream_of(options.streams, working_[i]->device));
+    } catch (const OutOfMemory& error) {
+      if (i == 0) throw;
+      throw DeviceError(error.what());  // the devices before this one have stepped
+    }
+  }
+}
+
+/// In the order in which their shares of the norm are added. This alone says who has work in the
+/// step at hand; where the set of parameters has changed, plans are still those of the last one.
+void Engine::list_working_devices() {
+  on_device([&] {
+    working_.clear();
+    decided_.reserve(devices_.size());  // nothing can fail after a step
+    for (const auto& device : devices_) {
+      device->works =
+          plan_is_stale(*device) ? stepping_on(*device) != nullptr : !device->plan.tensors.empty();
+      if (device->works) working_.push_back(device.get());
+    }
+  });
+  if (working_.size() < 2) return;
   std::sort(working_.begin(), working_.end(),
             [](const auto* a, const auto* b) { return a->device < b->device; });
 }
@@ -105,34 +116,35 @@ GradNorm Engine::grad_norm(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
   refuse_in_capture("grad_norm()", streams);
-  refresh(streams, static_cast<int>(devices_.size()));
+  list_working_devices();
   const DefaultFpEnvironment environment;
   NormSum total;
-  on_device([&] {
-    int position = 0;
-    list_working_devices();
-    for (DeviceRecord* device : working_) {
-      void* stream = stream_of(streams, device->device);
-      device->backend->sum_squares(position, stream);
-      total = add(total, device->backend->read_sum(position, stream));
-      ++position;
-    }
+  keep_growth_if(streams, [&] {
+    refresh(streams, static_cast<int>(working_.size()));
+    on_device([&] {
+      int position = 0;
+      for (DeviceRecord* device : working_) {
+        void* stream = stream_of(streams, device->device);
+        device->backend->sum_squares(position, stream);
+        total = add(total, device->backend->read_sum(position, stream));
+        ++position;
+      }
+    });
   });
   return {std::sqrt(total.squares), total.nonfinite};
 }
 
 GradNorm Engine::last_grad_norm() {
-  if (decided_last_ == nullptr) return {std::nan(""), 0};
+  if (decided_.empty()) return {std::nan(""), 0};
   Control control{};
-  on_device([&] { control = decided_last_->backend->read_control(); });
+  on_device([&] { control = decided_.front()->backend->read_control(); });
   return {control.grad_norm, control.nonfinite};
 }
 
 bool Engine::copy_grad_norm(const TensorView& to, std::span<const Stream> streams) {
-  if (decided_last_ == nullptr) return false;
-  const auto found = std::find_if(working_.begin(), working_.end(),
+  const auto found = std::find_if(decided_.begin(), decided_.end(),
                                   [&](const auto* device) { return device->device == to.device; });
-  if (found == working_.end()) return false;
+  if (found == decided_.end()) return false;
   on_device([&] {
     (*found)->backend->copy_grad_norm(static_cast<double*>(to.data), stream_of(streams, to.device));
   });
@@ -166,8 +178,8 @@ void Engine::check(const StepOptions& options) {
   if (!(options.clip_value >= 0)) {
     throw InvalidArgument("clip_value must be >= 0, got " + std::to_string(options.clip_value));
   }
-  const auto is_planned = [](const auto& device) {
-    return device->stores_grads && !device->members_changed;
+  const auto is_planned = [&](const auto& device) {
+    return device->stores_grads && !plan_is_stale(*device);
   };
   if (options.store_unscaled_grads && !std::all_of(devices_.begin(), devices_.end(), is_planned)) {
     refuse_if_grads_cannot_be_stored();
@@ -210,43 +222,38 @@ void Engine::choose_kernels(const StepOptions& options) {
   }
 }
 
-/// Brings every device up to date with groups, settings and gradients, or changes nothing.
+/// Brings every device up to date with groups, settings and gradients. Within keep_growth_if() it
+/// changes nothing where it fails.
 void Engine::refresh(std::span<const Stream> streams, int norm_parts) {
   if (memory_is_checked_) {
     on_device([&] {
       for (const auto& device : devices_) {
-        if (device->members_changed || !device->changed_grads.empty()) check_no_overlap(*device);
+        if (plan_is_stale(*device) || !device->changed_grads.empty()) check_no_overlap(*device);
       }
     });
   }
-
-  std::vector<StateStore::Growth> growths;
-  try {
-    on_device([&] {
-      for (std::size_t i = 0; i < devices_.size(); ++i) {
-        if (!devices_[i]->members_changed) continue;
-        growths.resize(devices_.size());
-        void* const stream = stream_of(streams, devices_[i]->device);
-        growths[i] = grow_state(*devices_[i], stream);
-        if (!growths[i].slots.empty()) devices_[i]->ranges_are_known = false;
-        for (const StateStore::Wanted& grown : growths[i].slots) {
-          if (grown.slot.name == kMasterWeight) fill_master(*grown.parameter, grown.slot, stream);
-        }
-      }
-      for (std::size_t i = 0; i < devices_.size(); ++i) {
-        if (capturing_ && devices_[i]->changed_grads.empty()) continue;
-        stage(static_cast<int>(i), stream_of(streams, devices_[i]->device), norm_parts);
-      }
-    });
-    forget_changed_settings();
-  } catch (...) {
-    for (std::size_t i = 0; i < growths.size(); ++i) {
-      if (growths[i].slots.empty()) continue;
-      devices_[i]->store->undo(growths[i], stream_of(streams, devices_[i]->device));
-      devices_[i]->members_changed = true;  // its plan holds addresses that are gone
+  on_device([&] {
+    for (const auto& device : devices_) {
+      if (plan_is_stale(*device)) grow_state(*device, stream_of(streams, device->device));
     }
-    throw;
-  }
+    for (const auto& device : devices_) {
+      // What a capture may not bring has been refused, or is of devices that do not work in it.
+      if (capturing_ && (!device->works || device->changed_grads.empty())) continue;
+      stage(*device, stream_of(streams, device->device), norm_parts);
+    }
+  });
+  forget_changed_settings();
+}
+
+/// One that was frozen or without a gradient for a while, and is as the plan has it, is no reason.
+bool Engine::plan_is_stale(const DeviceRecord& device) const {
+  if (device.members_changed || !device.stepping_changed) return device.members_changed;
+  return std::any_of(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
+    if (parameter.device != device.index) return false;
+    const bool is_planned = parameter.row >= 0;
+    return parameter.steps() != is_planned ||
+           (is_planned && parameter.grad.dtype != key_at(parameter.layout).grad);
+  });
 }
 
 /// Values and slots are sorted when they have changed, gradients whenever one has moved.
@@ -258,31 +265,32 @@ void Engine::check_no_overlap(DeviceRecord& device) const {
   }
   std::vector<MemoryRange> grads;
   grads.reserve(parameters_.size());
-  for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
-    const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
-    if (parameter.value.device != device.device || !parameter.steps()) continue;
-    grads.push_back(
-        {static_cast<const char*>(parameter.grad.data), parameter.grad_bytes(), i, "gradient"});
-  }
+  for_each_stepping(device.index, groups_, parameters_,
+                    [&](int index, const ParameterRecord& parameter) {
+                      grads.push_back({static_cast<const char*>(parameter.grad.data),
+                                       parameter.grad_bytes(), index, "gradient"});
+                    });
   refuse_overlap(grads);
   Overlap overlap;
   if (find_overlap(device.ranges, grads, overlap)) refuse(overlap);
 }
 
 /// Slots of parameters that step for the first time, or with a rule variant that has more of them.
-StateStore::Growth Engine::grow_state(DeviceRecord& device, void* stream) {
+void Engine::grow_state(DeviceRecord& device, void* stream) {
   std::vector<StateStore::Wanted> wanted;
-  for (const GroupRecord& group : groups_) {
-    for (const int index : group.parameters) {
-      ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
-      if (parameter.value.device != device.device || !parameter.steps()) continue;
-      for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
-        if (parameter.find_slot(kind.name) != nullptr) continue;
-        wanted.push_back({&parameter, {kind.name, kind.dtype, nullptr, false}});
-      }
+  for_each_stepping(device.index, groups_, parameters_, [&](int, ParameterRecord& parameter) {
+    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
+      if (parameter.find_slot(kind.name) != nullptr) continue;
+      wanted.push_back({&parameter, {kind.name, kind.dtype, nullptr, false}});
     }
+  });
+  if (wanted.empty()) return;
+  device.growth = device.store->grow(std::move(wanted), stream);
+  device.ranges_are_known = false;
+  for (const StateStore::Wanted& grown : device.growth.slots) {
+    if (grown.slot.name == kMasterWeight) fill_master(*grown.parameter, grown.slot, stream);
   }
-  return device.store->grow(std::move(wanted), stream);
 }
 
 void Engine::fill_master(const ParameterRecord& parameter, const Slot& master, void* stream) {
@@ -293,6 +301,7 @@ void Engine::fill_master(const ParameterRecord& parameter, const Slot& master, v
 void Engine::refresh_master_weights(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
+  refuse_in_capture("refresh_master_weights()", streams);
   on_device([&] {
     for (const ParameterRecord& parameter : parameters_) {
       const Slot* master = parameter.find_slot(kMasterWeight);
@@ -302,18 +311,21 @@ void Engine::refresh_master_weights(std::span<const Stream> streams) {
   });
 }
 
-void Engine::stage(int index, void* stream, int norm_parts) {
-  DeviceRecord& device = *devices_[static_cast<std::size_t>(index)];
+void Engine::stage(DeviceRecord& device, void* stream, int norm_parts) {
   Backend::Tables tables{};
-  if (device.members_changed) {
-    device.plan = build_plan(index, *device.backend, groups_, parameters_, device.stores_grads);
+  if (plan_is_stale(device)) {
+    device.members_changed = true;  // until all of it has arrived
+    device.plan =
+        build_plan(device.index, *device.backend, groups_, parameters_, device.stores_grads);
     device.norm_blocks_staged = false;
   } else {
     tables.changed_rows =
         refresh_rows(device.plan, device.changed_grads, *device.backend, groups_, parameters_);
   }
   const bool with_norm_blocks = norm_parts != 0 && !device.norm_blocks_staged;
-  if (with_norm_blocks) device.plan.norm_blocks = build_norm_blocks(index, groups_, parameters_);
+  if (with_norm_blocks) {
+    device.plan.norm_blocks = build_norm_blocks(device.index, groups_, parameters_);
+  }
 
   const std::vector<HyperRow> hypers = changed_hypers(device);
   tables.plan = &device.plan;
@@ -325,17 +337,24 @@ void Engine::stage(int index, void* stream, int norm_parts) {
   device.backend->stage(tables, stream);
 
   device.staged_states = device.states;
-  for (const auto& [state, value] : device.given_states) {
-    device.backend->write_state(state, value, stream);
-  }
-  device.given_states.clear();
-  device.members_changed = device.hypers_changed = false;
+  // Those that wait in a capture are of parameters that do not step in it.
+  if (!capturing_) bring_given_states(device, stream);
+  device.members_changed = device.stepping_changed = device.hypers_changed = false;
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
   device.staged_norm_parts = std::max(device.staged_norm_parts, norm_parts);
   for (const int changed : device.changed_grads) {
     parameters_[static_cast<std::size_t>(changed)].grad_moved = false;
   }
   device.changed_grads.clear();
+}
+
+/// One by one: where one fails, those that are there have been counted on by graphs since.
+void Engine::bring_given_states(DeviceRecord& device, void* stream) {
+  auto given = device.given_states.begin();
+  while (given != device.given_states.end() && given->first < device.staged_states) {
+    device.backend->write_state(given->first, given->second, stream);
+    given = device.given_states.erase(given);
+  }
 }
 
 std::vector<HyperRow> Engine::changed_hypers(const DeviceRecord& device) const {
@@ -345,9 +364,10 @@ std::vector<HyperRow> Engine::changed_hypers(const DeviceRecord& device) const {
   return rows;
 }
 
+/// A device on which nothing has stepped yet may never hear of them.
 void Engine::forget_changed_settings() {
   for (const auto& device : devices_) {
-    if (device->hypers_changed) return;
+    if (device->hypers_changed && device->staged_states != 0) return;
   }
   for (GroupRecord& group : groups_) group.settings_changed = false;
 }
@@ -369,11 +389,7 @@ void Engine::sync_hyper(std::span<const Stream> streams) {
       tables.states = device->staged_states;
       device->backend->stage(tables, stream);
       device->hypers_changed = false;
-      const auto known = device->given_states.lower_bound(device->staged_states);
-      for (auto given = device->given_states.begin(); given != known; ++given) {
-        device->backend->write_state(given->first, given->second, stream);
-      }
-      device->given_states.erase(device->given_states.begin(), known);
+      bring_given_states(*device, stream);
     }
   });
   forget_changed_settings();

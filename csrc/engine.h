@@ -27,14 +27,18 @@ namespace fusestep::detail {
 /// One device that parameters live on, and what has changed there since the last step.
 struct DeviceRecord {
   Device device;
+  int index;  // in Engine::devices_
   std::unique_ptr<Backend> backend;
   std::unique_ptr<StateStore> store;
   Plan plan;
+  StateStore::Growth growth = {};         // of the step at hand, until it has succeeded
   int states = 0;                         // StepStates given to parameters
   int staged_states = 0;                  // of them known to the backend
   std::map<int, StepState> given_states;  // set by the caller, not yet known to the backend
 
-  bool members_changed = false;  // who steps, with which rule, or where values and slots are
+  bool works = false;             // in the step at hand: some parameter of it steps
+  bool members_changed = false;   // with which rule who steps, or where values and slots are
+  bool stepping_changed = false;  // who steps; perhaps back to what it was: see plan_is_stale()
   bool norm_blocks_staged = false;
   int staged_norm_parts = 0;
   bool hypers_changed = false;
@@ -43,8 +47,8 @@ struct DeviceRecord {
   std::vector<MemoryRange> ranges;  // values and slots, sorted
   bool ranges_are_known = false;
 
-  void note_moved_grad(ParameterRecord& parameter, int index) {
-    if (!parameter.grad_moved) changed_grads.push_back(index);
+  void note_moved_grad(ParameterRecord& parameter, int parameter_index) {
+    if (!parameter.grad_moved) changed_grads.push_back(parameter_index);
     parameter.grad_moved = true;
   }
 };
@@ -152,19 +156,27 @@ class Engine {
   void check(const StepOptions& options);
   void refuse_if_grads_cannot_be_stored() const;
   void refresh(std::span<const Stream> streams, int norm_parts);
+  void run(const StepOptions& options, bool with_norm, bool is_reduced);
+  bool plan_is_stale(const DeviceRecord& device) const;
   void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
   void choose_kernels(const StepOptions& options);
-  StateStore::Growth grow_state(DeviceRecord& device, void* stream);
+  /// The slots that it has made are taken back where it fails.
+  template <class F>
+  void keep_growth_if(std::span<const Stream> streams, F&& succeeds);
+  void grow_state(DeviceRecord& device, void* stream);
   void fill_master(const ParameterRecord& parameter, const Slot& master, void* stream);
-  void stage(int device, void* stream, int norm_parts);
+  void stage(DeviceRecord& device, void* stream, int norm_parts);
+  void bring_given_states(DeviceRecord& device, void* stream);
   std::vector<HyperRow> changed_hypers(const DeviceRecord& device) const;
   void forget_changed_settings();
-  void write_state(DeviceRecord& device, int index, StepState state);
+  void give_state(const ParameterRecord& parameter, StepState state);
   void sum_squares(std::span<const Stream> streams);
   void refuse_between_halves() const;
   void send_sum(int position, DeviceRecord& from, void* from_stream,
                 std::span<const Stream> streams);
+  double* sums_on(Device device, std::span<const Stream> streams);
+  double* sums_on_host(std::span<const Stream> streams);
   void take_reduced_sums(std::span<const Stream> streams);
   StepRequest request_for(const DeviceRecord& device, const StepOptions& options, int norm_parts);
 
@@ -214,10 +226,10 @@ class Engine {
   Device norm_device_;  // where its sums are
   double* reduced_sums_ = nullptr;
   double host_sums_[2] = {};
-  bool capturing_ = false;                // the step at hand
-  std::vector<DeviceRecord*> working_;    // of the step at hand: devices with work, in norm order
-  std::vector<StepRequest> requests_;     // to them
-  DeviceRecord* decided_last_ = nullptr;  // it knows what the last step decided
+  bool capturing_ = false;              // the step at hand
+  std::vector<DeviceRecord*> working_;  // of the step at hand: devices with work, in norm order
+  std::vector<StepRequest> requests_;   // to them
+  std::vector<DeviceRecord*> decided_;  // of the last step: they know what it decided
   std::int64_t skipped_by_caller_ = 0;
 };
 
@@ -231,6 +243,22 @@ void Engine::on_device(F&& work) {
   } catch (const std::bad_alloc&) {
     throw OutOfMemory("no memory on the host for the tables of a step");
   }
+}
+
+template <class F>
+void Engine::keep_growth_if(std::span<const Stream> streams, F&& succeeds) {
+  try {
+    succeeds();
+  } catch (...) {
+    for (const auto& device : devices_) {
+      if (device->growth.slots.empty()) continue;
+      device->store->undo(device->growth, stream_of(streams, device->device));
+      device->growth.slots.clear();
+      device->members_changed = true;  // its plan holds addresses that are gone
+    }
+    throw;
+  }
+  for (const auto& device : devices_) device->growth.slots.clear();
 }
 
 }  // namespace fusestep::detail

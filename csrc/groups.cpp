@@ -182,18 +182,23 @@ void Engine::set_grad(int index, const TensorView& grad) {
     check_grad(where(parameter), group.options, grad, parameter.value);
   }
   const bool steps_before = parameter.steps();
-  const bool moved = grad.data != parameter.grad.data;
+  // One that does not step now may still be in the plan, with the gradient it had when it did.
+  const bool moved = steps_before ? grad.data != parameter.grad.data : parameter.row >= 0;
   const bool other_dtype = grad.present && grad.dtype != parameter.grad.dtype;
   DeviceRecord& device = device_of(parameter);
-  if (steps_before && grad.present && moved) device.note_moved_grad(parameter, index);
+  if (grad.present && moved) device.note_moved_grad(parameter, index);
   parameter.grad = grad;
-  if (parameter.steps() != steps_before || other_dtype) device.members_changed = true;
+  if (parameter.steps() != steps_before || other_dtype) device.stepping_changed = true;
 }
 
 void Engine::set_value(int index, const TensorView& value) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   if (!value.present) throw InvalidArgument(where(parameter) + ": has no value");
   check_like(where(parameter), "value", value, parameter.value.dtype, parameter.value);
+  if (parameter.flat != nullptr && value.data != parameter.value.data) {
+    throw InvalidArgument(where(parameter) +
+                          ": lies in a buffer of its flat group and cannot be moved");
+  }
   TensorView before = std::exchange(parameter.value, value);
   try {
     refuse_values_and_slots_that_overlap(value.device);
@@ -208,7 +213,7 @@ void Engine::set_frozen(int index, bool frozen) {
   ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
   if (parameter.frozen == frozen) return;
   parameter.frozen = frozen;
-  device_of(parameter).members_changed = true;
+  device_of(parameter).stepping_changed = true;
 }
 
 void Engine::set_frozen(std::string_view name, bool frozen) {
@@ -239,6 +244,7 @@ int Engine::device_index(Device device, const std::string& where) {
   }
   auto record = std::make_unique<DeviceRecord>();
   record->device = device;
+  record->index = static_cast<int>(devices_.size());
   record->backend = device.is_cuda() ? make_cuda_backend(device.index, options_.cuda_allocator)
                                      : make_cpu_backend();
   record->store = std::make_unique<StateStore>(*record->backend);

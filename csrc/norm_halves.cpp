@@ -16,7 +16,6 @@ TensorView Engine::norm_begin(Device device, std::span<const Stream> streams) {
   refuse_in_capture("norm_begin()", streams);
   // The host's numbers need no backend of their own.
   if (device.is_cuda()) device_index(device, "norm_begin()");
-  refresh(streams, static_cast<int>(devices_.size()));
   list_working_devices();
   const auto works = [&](const DeviceRecord* one) { return one->device == device; };
   const bool is_working = std::any_of(working_.begin(), working_.end(), works);
@@ -24,27 +23,33 @@ TensorView Engine::norm_begin(Device device, std::span<const Stream> streams) {
     throw InvalidArgument("norm_begin(): no parameter that steps lives on " + to_string(device) +
                           ", but on " + to_string(working_.front()->device));
   }
-  on_device([&] {
-    sum_squares(streams);
-    if (device.is_cuda()) {
-      DeviceRecord& there =
-          *devices_[static_cast<std::size_t>(device_index(device, "norm_begin()"))];
-      reduced_sums_ =
-          there.backend->gather_sums(static_cast<int>(working_.size()), stream_of(streams, device));
-      return;
-    }
-    NormSum total;
-    for (int i = 0; i < static_cast<int>(working_.size()); ++i) {
-      DeviceRecord& first = *working_.front();  // it has the sums of all
-      total = add(total, first.backend->read_sum(i, stream_of(streams, first.device)));
-    }
-    host_sums_[0] = total.squares;
-    host_sums_[1] = static_cast<double>(total.nonfinite);
-    reduced_sums_ = host_sums_;
+  keep_growth_if(streams, [&] {
+    refresh(streams, static_cast<int>(working_.size()));
+    on_device([&] {
+      sum_squares(streams);
+      reduced_sums_ = device.is_cuda() ? sums_on(device, streams) : sums_on_host(streams);
+    });
   });
   norm_half_ = NormHalf::kBegun;
   norm_device_ = device;
   return {reduced_sums_, DType::kFloat64, {2}, device, true};
+}
+
+/// Of all working devices, of which each has the sums of all.
+double* Engine::sums_on(Device device, std::span<const Stream> streams) {
+  DeviceRecord& there = *devices_[static_cast<std::size_t>(device_index(device, "norm_begin()"))];
+  return there.backend->gather_sums(static_cast<int>(working_.size()), stream_of(streams, device));
+}
+
+double* Engine::sums_on_host(std::span<const Stream> streams) {
+  NormSum total;
+  for (int i = 0; i < static_cast<int>(working_.size()); ++i) {
+    DeviceRecord& first = *working_.front();
+    total = add(total, first.backend->read_sum(i, stream_of(streams, first.device)));
+  }
+  host_sums_[0] = total.squares;
+  host_sums_[1] = static_cast<double>(total.nonfinite);
+  return host_sums_;
 }
 
 void Engine::norm_end() {

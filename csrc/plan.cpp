@@ -30,17 +30,6 @@ std::int32_t vector_head(const TensorRow& row, const LayoutKey& layout, int slot
   return kAllScalar;
 }
 
-/// Calls f(index of the group, parameter) in the order they were added.
-template <class F>
-void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& parameters, F&& f) {
-  for (int group = 0; group < static_cast<int>(groups.size()); ++group) {
-    for (const int index : groups[static_cast<std::size_t>(group)].parameters) {
-      auto& parameter = parameters[static_cast<std::size_t>(index)];
-      if (parameter.device == device && parameter.steps()) f(group, parameter);
-    }
-  }
-}
-
 TensorRow tensor_row(const ParameterRecord& parameter, const GroupRecord& group,
                      const Backend& backend) {
   TensorRow row{};
@@ -76,20 +65,16 @@ std::optional<int> layout_of(const GroupRecord& group, const ParameterRecord& pa
 
 Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord> groups,
                 std::vector<ParameterRecord>& parameters, bool stores_grads) {
-  struct Member {
-    int group;
-    ParameterRecord* parameter;
-  };
-  std::vector<std::vector<Member>> members(static_cast<std::size_t>(kRules * kLayouts));
+  std::vector<std::vector<ParameterRecord*>> members(static_cast<std::size_t>(kRules * kLayouts));
   for (ParameterRecord& parameter : parameters) {
     if (parameter.device == device) parameter.row = -1;
   }
-  for_each_stepping(device, groups, parameters, [&](int index, ParameterRecord& parameter) {
-    const GroupRecord& group = groups[static_cast<std::size_t>(index)];
+  for_each_stepping(device, groups, parameters, [&](int, ParameterRecord& parameter) {
+    const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
     // add_group(), borrow() and the step have refused what is not in the table.
     parameter.layout = layout_of(group, parameter, stores_grads).value();
     const int bucket = find_rule(group.hyper) * kLayouts + parameter.layout;
-    members[static_cast<std::size_t>(bucket)].push_back({index, &parameter});
+    members[static_cast<std::size_t>(bucket)].push_back(&parameter);
   });
 
   Plan plan;
@@ -100,11 +85,11 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     std::int64_t elements = 0;
     const bool wide = key_at(layout).value == DType::kFloat64;
     const bool noisy = key_at(layout).extra == Extra::kStochasticRounding;
-    for (const auto& [group, parameter] : members[static_cast<std::size_t>(key)]) {
+    for (ParameterRecord* parameter : members[static_cast<std::size_t>(key)]) {
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
       plan.tensors.push_back(
-          tensor_row(*parameter, groups[static_cast<std::size_t>(group)], backend));
-      plan.prepare.push_back({parameter->step_tensor, parameter->state, group,
+          tensor_row(*parameter, groups[static_cast<std::size_t>(parameter->group)], backend));
+      plan.prepare.push_back({parameter->step_tensor, parameter->state, parameter->group,
                               static_cast<std::int16_t>(rule), static_cast<std::int8_t>(wide),
                               static_cast<std::int8_t>(parameter->step_is_double),
                               noisy ? parameter->noise_seed : 0});

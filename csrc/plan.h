@@ -14,6 +14,18 @@
 
 namespace fusestep::detail {
 
+/// Calls f(index, parameter) for those of a device that step now, group by group in the order they
+/// were added.
+template <class F>
+void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& parameters, F&& f) {
+  for (const GroupRecord& group : groups) {
+    for (const int index : group.parameters) {
+      auto& parameter = parameters[static_cast<std::size_t>(index)];
+      if (parameter.device == device && parameter.steps()) f(index, parameter);
+    }
+  }
+}
+
 /// Position in `Layouts` of what a parameter steps with, or nothing.
 std::optional<int> layout_of(const GroupRecord& group, const ParameterRecord& parameter,
                              bool stores_grads);

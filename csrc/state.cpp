@@ -27,26 +27,26 @@ void Engine::write_step(int index, std::int64_t step) {
   }
   StepState state = read_state(index);
   state.step = step;
-  DeviceRecord& device = device_of(parameter);
-  if (device.backend->in_graphs() && parameter.state < device.staged_states) {
-    write_state(device, parameter.state, state);
-    device.given_states.erase(parameter.state);
-  } else {
-    device.given_states[parameter.state] = state;
-  }
+  give_state(parameter, state);
 }
 
-/// Graphs read step counts where they lie: these cannot wait for the next step as others do. And a
-/// graph may run on any stream: when this returns the count is there.
-void Engine::write_state(DeviceRecord& device, int index, StepState state) {
+/// It waits for the next step, except where graphs read it: they may run before that, and on any
+/// stream. For them it is there when this returns.
+void Engine::give_state(const ParameterRecord& parameter, StepState state) {
+  DeviceRecord& device = device_of(parameter);
+  if (!device.backend->in_graphs() || parameter.state >= device.staged_states) {
+    device.given_states[parameter.state] = state;
+    return;
+  }
   on_device([&] {
     try {
-      device.backend->write_state(index, state, nullptr);
+      device.backend->write_state(parameter.state, state, nullptr);
       static_cast<void>(device.backend->read_control());
     } catch (const OutOfMemory& error) {
       throw DeviceError(error.what());  // nobody knows whether it is there
     }
   });
+  device.given_states.erase(parameter.state);
 }
 
 TensorView Engine::slot(int index, std::string_view name) const {
@@ -76,14 +76,16 @@ void Engine::bind_slot(int index, std::string_view name, const TensorView& memor
   const std::string what = "slot '" + std::string(name) + "'";
   check_like(where(parameter), what, memory, known->dtype, parameter.value);
 
-  StepState state = read_state(index);
-  if (name == "momentum_buffer") state.buffer_filled = 1;
   const std::vector<Slot> before = parameter.slots;
   std::erase_if(parameter.slots, [&](const Slot& slot) { return slot.name == name; });
   parameter.slots.push_back({known->name, memory.dtype, memory.data, true});
   try {
     refuse_values_and_slots_that_overlap(memory.device);
-    device_of(parameter).given_states[parameter.state] = state;
+    if (name == "momentum_buffer") {
+      StepState state = read_state(index);
+      state.buffer_filled = 1;
+      give_state(parameter, state);
+    }
   } catch (...) {
     parameter.slots = before;
     throw;

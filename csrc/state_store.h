@@ -28,7 +28,7 @@ class StateStore {
   };
   struct Growth {
     std::vector<Wanted> slots;
-    std::size_t arenas_before;
+    std::size_t arenas_before = 0;
   };
   /// Gives every wanted slot zeroed memory, 64-byte aligned, all of one dtype in one allocation,
   /// and adds it to its parameter; memory that lies idle is used first. Throws OutOfMemory and

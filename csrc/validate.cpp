@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <optional>
 
 #include "fusestep/error.h"
 
@@ -15,20 +16,34 @@ std::string where(const std::string& group, const std::string& parameter) {
   return "group '" + group + "', parameter '" + parameter + "'";
 }
 
-void check_memory(const std::string& where, const std::string& what, const TensorView& memory) {
+namespace {
+
+/// Of a shape; nothing if no tensor has it.
+std::optional<std::int64_t> elements_of(const std::vector<std::int64_t>& shape) {
   std::int64_t elements = 1;
-  for (const std::int64_t extent : memory.shape) {
-    if (extent < 0) {
-      throw InvalidArgument(where + ": " + what + " has the negative extent " +
-                            std::to_string(extent) + " in shape " + to_string(memory.shape));
-    }
-    if (extent != 0 && elements > std::numeric_limits<std::int64_t>::max() / 8 / extent) {
-      throw InvalidArgument(where + ": " + what + " of shape " + to_string(memory.shape) +
-                            " has more elements than can be addressed");
-    }
+  for (const std::int64_t extent : shape) {
+    const bool too_many =
+        extent > 0 && elements > std::numeric_limits<std::int64_t>::max() / 8 / extent;
+    if (extent < 0 || too_many) return std::nullopt;
     elements *= extent;
   }
-  if (elements == 0) return;
+  return elements;
+}
+
+}  // namespace
+
+void check_memory(const std::string& where, const std::string& what, const TensorView& memory) {
+  for (const std::int64_t extent : memory.shape) {
+    if (extent >= 0) continue;
+    throw InvalidArgument(where + ": " + what + " has the negative extent " +
+                          std::to_string(extent) + " in shape " + to_string(memory.shape));
+  }
+  const std::optional<std::int64_t> elements = elements_of(memory.shape);
+  if (!elements) {
+    throw InvalidArgument(where + ": " + what + " of shape " + to_string(memory.shape) +
+                          " has more elements than can be addressed");
+  }
+  if (*elements == 0) return;
   if (memory.data == nullptr) {
     throw InvalidArgument(where + ": " + what + " of shape " + to_string(memory.shape) +
                           " is a null pointer");
@@ -62,20 +77,13 @@ void check_like(const std::string& where, const std::string& what, const TensorV
 }
 
 void check_shard(const std::string& where, const Shard& shard, const TensorView& value) {
-  TensorView whole = value;
-  whole.shape = shard.whole_shape;
-  whole.data = nullptr;
-  std::int64_t elements = 1;
-  for (const std::int64_t extent : shard.whole_shape) {
-    if (extent < 0 ||
-        (extent != 0 && elements > std::numeric_limits<std::int64_t>::max() / 8 / extent)) {
-      throw InvalidArgument(where + ": no tensor has the whole shape " +
-                            to_string(shard.whole_shape));
-    }
-    elements *= extent;
+  const std::optional<std::int64_t> elements = elements_of(shard.whole_shape);
+  if (!elements) {
+    throw InvalidArgument(where + ": no tensor has the whole shape " +
+                          to_string(shard.whole_shape));
   }
   const std::int64_t here = value.size();
-  if (shard.offset >= 0 && here <= elements && shard.offset <= elements - here) return;
+  if (shard.offset >= 0 && here <= *elements && shard.offset <= *elements - here) return;
   throw InvalidArgument(where + ": a shard of " + std::to_string(here) + " elements at offset " +
                         std::to_string(shard.offset) + " is not within the whole tensor of shape " +
                         to_string(shard.whole_shape));

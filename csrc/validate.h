@@ -22,10 +22,10 @@ void check_memory(const std::string& where, const std::string& what, const Tenso
 void check_like(const std::string& where, const std::string& what, const TensorView& memory,
                 DType dtype, const TensorView& value);
 
-/// One float32 or float64 element.
-/// Throws InvalidArgument unless the value's elements are some of the whole tensor's.
+/// That the value's elements are some of the whole tensor's.
 void check_shard(const std::string& where, const Shard& shard, const TensorView& value);
 
+/// One float32 or float64 element.
 void check_scalar(const std::string& what, const TensorView& scalar);
 
 /// A stretch of one device's memory and whose it is.

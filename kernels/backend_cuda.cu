@@ -399,8 +399,9 @@ class CudaBackend final : public Backend {
           captured_(backend.capture_id(stream_) != 0) {
       if (captured_ && capture == Captured::kRefused) {
         throw InvalidArgument("cuda:" + std::to_string(backend_.device_) +
-                              ": the stream is being captured into a CUDA graph, and only a step "
-                              "can be: do this outside of the capture");
+                              ": the stream is being captured into a CUDA graph, where only "
+                              "step() and zero_grad() can be called: do this outside of the "
+                              "capture");
       }
       if (captured_) {
         backend_.in_graphs_ = backend_.tables_->in_graph = true;
@@ -497,20 +498,7 @@ class CudaBackend final : public Backend {
     if (ring_ == nullptr) ring_ = std::make_unique<UploadRing>(device_, kRingBytes);
     control_.reserve(1, work.stream());
     bring_shared(tables, work.stream());
-    if (tables_->in_graph && plan_changed(tables)) {
-      auto fresh = std::make_unique<PlanTables>(device_);
-      of_graphs_.reserve(of_graphs_.size() + 1);
-      try {
-        fresh->norm_parts.reserve(tables_->norm_parts.capacity(), work.stream());
-        bring_plan(tables, true, *fresh, work.stream());
-      } catch (...) {
-        fresh->release(work.stream());
-        throw;
-      }
-      of_graphs_.push_back(std::exchange(tables_, std::move(fresh)));
-    } else {
-      bring_plan(tables, false, *tables_, work.stream());
-    }
+    if (plan_changed(tables)) bring_plan(tables, work.stream());
     work.finish();
   }
 
@@ -519,20 +507,46 @@ class CudaBackend final : public Backend {
     return shared_known_.hypers != hypers_.data() || shared_known_.states != states_.data();
   }
 
-  /// What is one for the steps of every plan, in graphs or not.
+  /// What is one for the steps of every plan, in graphs or not. Graphs follow shared_, so what it
+  /// points to is freed when it points elsewhere, or stays.
   void bring_shared(const Tables& tables, cudaStream_t stream) {
-    hypers_.reserve(tables.hypers.size(), stream);
-    states_.reserve(static_cast<std::size_t>(tables.states), stream);
-    shared_.reserve(1, stream);
-    if (shared_has_moved()) {
-      const SharedTables now = shared();
-      shared_.upload(*ring_, std::span(&now, 1), 0, stream);
-      shared_known_ = now;
+    DeviceTable<HyperRow> hypers_before(device_);
+    DeviceTable<StepState> states_before(device_);
+    try {
+      hypers_.grow(tables.hypers.size(), hypers_before, stream);
+      states_.grow(static_cast<std::size_t>(tables.states), states_before, stream);
+      shared_.reserve(1, stream);
+      if (shared_has_moved()) {
+        const SharedTables now = shared();
+        shared_.upload(*ring_, std::span(&now, 1), 0, stream);
+        shared_known_ = now;
+      }
+    } catch (...) {
+      hypers_.restore(hypers_before, stream);
+      states_.restore(states_before, stream);
+      throw;
     }
+    hypers_before.release(stream);
+    states_before.release(stream);
     hypers_.upload(*ring_, tables.hypers, 0, stream);
   }
 
-  void bring_plan(const Tables& tables, bool whole, PlanTables& to, cudaStream_t stream) {
+  /// Into tables of its own where graphs have those that there are.
+  void bring_plan(const Tables& tables, cudaStream_t stream) {
+    if (!tables_->in_graph) return fill(*tables_, tables, false, stream);
+    auto fresh = std::make_unique<PlanTables>(device_);
+    of_graphs_.reserve(of_graphs_.size() + 1);
+    try {
+      fresh->norm_parts.reserve(tables_->norm_parts.capacity(), stream);
+      fill(*fresh, tables, true, stream);
+    } catch (...) {
+      fresh->release(stream);
+      throw;
+    }
+    of_graphs_.push_back(std::exchange(tables_, std::move(fresh)));
+  }
+
+  void fill(PlanTables& to, const Tables& tables, bool whole, cudaStream_t stream) {
     const Plan& plan = *tables.plan;
     const bool norm_blocks = tables.norm_blocks_changed || (whole && !plan.norm_blocks.empty());
     to.tensors.reserve(plan.tensors.size(), stream);

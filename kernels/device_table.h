@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <span>
+#include <utility>
 
 #include "cuda_check.h"
 #include "upload_ring.h"
@@ -29,6 +30,14 @@ class DeviceTable {
   /// Room for `count` elements. What was there stays, what is new is zero. Throws OutOfMemory and
   /// leaves the table as it was.
   void reserve(std::size_t count, cudaStream_t stream) {
+    DeviceTable before(device_);
+    grow(count, before, stream);
+    before.release(stream);
+  }
+
+  /// The same, for memory that something follows a pointer to: where it is not enough, `before`,
+  /// which is empty, gets it.
+  void grow(std::size_t count, DeviceTable& before, cudaStream_t stream) {
     if (count <= capacity_) return;
     const std::size_t grown = std::max(count, capacity_ * 2);
     void* memory = nullptr;
@@ -46,9 +55,16 @@ class DeviceTable {
       static_cast<void>(cudaFreeAsync(memory, stream));
       throw;
     }
+    before.data_ = std::exchange(data_, static_cast<T*>(memory));
+    before.capacity_ = std::exchange(capacity_, grown);
+  }
+
+  /// Takes grow() back. What was empty before it may as well be larger.
+  void restore(DeviceTable& before, cudaStream_t stream) noexcept {
+    if (before.data_ == nullptr) return;
     release(stream);
-    data_ = static_cast<T*>(memory);
-    capacity_ = grown;
+    data_ = std::exchange(before.data_, nullptr);
+    capacity_ = std::exchange(before.capacity_, 0);
   }
 
   void upload(UploadRing& ring, std::span<const T> rows, std::size_t first, cudaStream_t stream) {

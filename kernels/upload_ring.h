@@ -16,8 +16,8 @@
 
 namespace fusestep::detail {
 
-/// Bytes of the ring that an upload in flight reads are not written again before it has run;
-/// waiting for the oldest upload where the ring is full is the only waiting a step does.
+/// Bytes of the ring that an upload in flight reads are not written again before it has run: where
+/// the ring is full, the oldest upload is waited for.
 class UploadRing {
  public:
   UploadRing(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
@@ -46,18 +46,13 @@ class UploadRing {
     for (std::size_t done = 0; done < bytes;) {
       const std::size_t piece = std::min(bytes - done, bytes_ / 4);
       char* pinned = claim(piece);
-      const cudaEvent_t uploaded = take_event();
-      in_flight_.push_back({begin_, end_, uploaded});
+      in_flight_.push_back({begin_, end_, take_event()});
       std::memcpy(pinned, static_cast<const char*>(from) + done, piece);
-      cudaError_t code = cudaMemcpyAsync(static_cast<char*>(to) + done, pinned, piece,
-                                         cudaMemcpyHostToDevice, stream);
-      if (code == cudaSuccess) {
-        code = cudaEventRecord(uploaded, stream);
-        if (code != cudaSuccess) static_cast<void>(cudaStreamSynchronize(stream));
-      }
+      const cudaError_t code = cudaMemcpyAsync(static_cast<char*>(to) + done, pinned, piece,
+                                               cudaMemcpyHostToDevice, stream);
       if (code != cudaSuccess) in_flight_.pop_back();
       cuda_check(code, device_, "uploading tables");
-      free_events_.pop_back();
+      mark_end(stream);
       done += piece;
     }
   }
@@ -68,6 +63,18 @@ class UploadRing {
     std::size_t begin, end;
     cudaEvent_t done;
   };
+
+  /// Of the latest upload, which is enqueued. Without a mark it is waited for, and is then there:
+  /// OutOfMemory would say that it is not.
+  void mark_end(cudaStream_t stream) {
+    cudaError_t code = cudaEventRecord(in_flight_.back().done, stream);
+    if (code == cudaSuccess) return free_events_.pop_back();
+    in_flight_.pop_back();
+    const cudaError_t waited = cudaStreamSynchronize(stream);
+    if (code == cudaErrorMemoryAllocation) code = waited;
+    static_cast<void>(cudaGetLastError());
+    cuda_check(code, device_, "uploading tables");
+  }
 
   /// Room for so many bytes that no upload in flight reads.
   char* claim(std::size_t bytes) {

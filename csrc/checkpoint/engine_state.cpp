@@ -102,6 +102,7 @@ EngineSource::EngineSource(Engine& engine, bool values, std::span<const Stream> 
     : engine_(engine), streams_(streams) {
   engine_.refuse_if_broken();
   engine_.check({.streams = streams});
+  engine_.refuse_in_capture("state_dict(), save() or load()", streams);
   for (const GroupRecord& group : engine_.groups_) description_.groups.push_back(describe(group));
   for (int i = 0; i < static_cast<int>(engine_.parameters_.size()); ++i) {
     description_.parameters.push_back(describe(i, values));

@@ -36,9 +36,11 @@ class CpuBackend final : public Backend {
     plan_ = tables.plan;
     if (!tables.hypers.empty()) hypers_.assign(tables.hypers.begin(), tables.hypers.end());
     states_.resize(static_cast<std::size_t>(tables.states));
-    scalars_.resize(plan_->tensors.size());
     norm_parts_.resize(std::max(norm_parts_.size(), static_cast<std::size_t>(tables.norm_parts)));
-    if (tables.members_changed) cut_tasks();
+    if (tables.members_changed) {
+      scalars_.resize(plan_->tensors.size());
+      cut_tasks();
+    }
     if (tables.norm_blocks_changed) norm_sums_.resize(plan_->norm_blocks.size());
   }
 
@@ -68,13 +70,9 @@ class CpuBackend final : public Backend {
   NormSum read_sum(int position, void*) override {
     return norm_parts_[static_cast<std::size_t>(position)];
   }
-  void copy_sum(int, Backend&, void*, void*) override {}  // there is only one CPU
   void write_sum(int position, NormSum sum, void*) override {
     norm_parts_[static_cast<std::size_t>(position)] = sum;
   }
-  // The engine has these numbers in its own hands.
-  double* gather_sums(int, void*) override { return nullptr; }
-  void scatter_sums(void*) override {}
 
   void run(const StepRequest& request, void*) override {
     const DefaultFpEnvironment environment;
@@ -96,7 +94,6 @@ class CpuBackend final : public Backend {
   }
   Control read_control() override { return control_; }
   const void* read(const void* from, std::size_t, void*) override { return from; }
-  void end_reading() noexcept override {}
   void begin_writing(void*) override {}
   void write(void* to, const void* from, std::size_t bytes, void*) override {
     std::memcpy(to, from, bytes);

@@ -50,7 +50,8 @@ enum class Rounding : std::uint8_t {
 struct GroupOptions {
   SlotDType slots = SlotDType::kFloat32;
   /// Of bf16 and fp16 parameters a float32 copy is stepped, in the slot "master_weight", and the
-  /// parameter is that, rounded. The copy is made of the parameter at its first step; see
+  /// parameter is that, rounded. The copy is made of the parameter with its other slots, by the
+  /// first step() that is called without `skip`, even if it is skipped when it runs; see
   /// Optimizer::refresh_master_weights().
   bool master_weights = false;
   /// kStochastic: for bf16 parameters without master weights; their slots too, if they are bf16.
@@ -137,7 +138,8 @@ class FUSESTEP_API ParameterRef {
   /// float64); an absent view means none.
   void set_grad(const TensorView& grad);
   void clear_grad() { set_grad({}); }
-  /// The parameter has moved: same dtype, shape and device at another address.
+  /// The parameter has moved: same dtype, shape and device at another address. One of a flat group
+  /// cannot move.
   void set_value(const TensorView& value);
 
   /// A frozen parameter is not read, written, decayed, counted or part of a norm. Its state stays

@@ -356,6 +356,26 @@ TEST(FlatGroups, RefuseWhatCannotBeMovedAndChangeNothing) {
   pair.expect_equal("after refusals");
 }
 
+TEST(FlatGroups, RefuseToHaveTheirParametersElsewhere) {
+  Pair pair;
+  pair.add("g", AdamHyper{}, kLayoutCases[0]);
+  ParameterRef p = pair.flat.parameter("g.2");
+  const TensorView own = p.value();
+  Array elsewhere(kF32, static_cast<std::size_t>(own.size()));
+  try {
+    p.set_value(elsewhere.view(own.shape));
+    ADD_FAILURE() << "not refused";
+  } catch (const InvalidArgument& error) {
+    EXPECT_STREQ(
+        "group 'g', parameter 'g.2': lies in a buffer of its flat group and cannot be moved",
+        error.what());
+  }
+  EXPECT_EQ(own.data, p.value().data);
+  p.set_value(own);
+  for (std::uint64_t step = 1; step <= 2; ++step) pair.step(step);
+  pair.expect_equal("after a refusal");
+}
+
 /// Large ones, of which each buffer starts at another place of a page.
 TEST(FlatGroups, OfLargeTensors) {
   Array value(kF32, 100'003), grad(kF32, 100'003);

@@ -113,6 +113,23 @@ TEST(MasterWeights, ReplaceWhatIsWrittenToParametersUnlessRefreshed) {
   EXPECT_EQ(tensor.value.get(7), 3.0);
 }
 
+/// The host does not know of a step that is skipped when it runs.
+TEST(MasterWeights, AreMadeByTheFirstStepThatTheHostDoesNotSkip) {
+  float one = 1;
+  for (const bool by_host : {false, true}) {
+    Tensor tensor(kF16, kF16, 10);
+    tensor.value.fill([](std::uint64_t) { return 1.0; });
+    tensor.grad.fill([](std::uint64_t) { return 0.0; });
+    Optimizer optimizer;
+    optimizer.add_group("g", SgdHyper{.lr = 0.25}, {tensor.as("p")}, {.master_weights = true});
+    optimizer.step(by_host ? StepOptions{.skip = true}
+                           : StepOptions{.skip_source = view(&one, {})});
+    tensor.value.fill([](std::uint64_t) { return 3.0; });
+    optimizer.step();
+    EXPECT_EQ(tensor.value.get(7), by_host ? 3.0 : 1.0);
+  }
+}
+
 /// Only 16-bit parameters have them.
 TEST(MasterWeights, OfMixedGroups) {
   Tensor half(kBf16, kBf16, 5), single(kF32, kF32, 5), wide(kF64, kF64, 5);
@@ -369,6 +386,22 @@ TEST(StochasticRounding, KeepsWhatIsExactInfiniteOrNan) {
     const double found = tensor.value.get(i);
     ASSERT_TRUE(found == expected || (std::isnan(found) && std::isnan(expected))) << i;
   }
+}
+
+TEST(Gradients, MayComeBackWithAnotherDtype) {
+  Tensor changed(kBf16, kBf16, 300), taken_away(kBf16, kBf16, 300), wide(kF32, kF32, 300);
+  wide.grad.fill_numbers(9);
+  Optimizer optimizer, control;
+  control.add_group("g", AdamHyper{}, {changed.as("p")});
+  optimizer.add_group("g", AdamHyper{}, {taken_away.as("p")});
+  optimizer.step();
+  control.step();
+  control.parameter("p").set_grad(wide.grad.view());
+  optimizer.parameter("p").clear_grad();
+  optimizer.parameter("p").set_grad(wide.grad.view());
+  optimizer.step();
+  control.step();
+  EXPECT_TRUE(snapshot(optimizer) == snapshot(control));
 }
 
 // --- loss scale -------------------------------------------------------------------------------

@@ -39,17 +39,13 @@ class PaperBackend final : public Backend {
   void stage(const Tables&, void*) override {}
   void sum_squares(int, void*) override {}
   NormSum read_sum(int, void*) override { return {}; }
-  void copy_sum(int, Backend&, void*, void*) override {}
   void write_sum(int, NormSum, void*) override {}
-  double* gather_sums(int, void*) override { return nullptr; }
-  void scatter_sums(void*) override {}
   void run(const StepRequest&, void*) override {}
   void copy_grad_norm(double*, void*) override {}
   StepState read_state(int) override { return {}; }
   void write_state(int, StepState, void*) override {}
   Control read_control() override { return {}; }
   const void* read(const void* from, std::size_t, void*) override { return from; }
-  void end_reading() noexcept override {}
   void begin_writing(void*) override {}
   void write(void*, const void*, std::size_t, void*) override {}
   void clear(void*, std::size_t, void*) override {}

@@ -211,7 +211,10 @@ TEST(Join, GradientsAndValuesMayMove) {
       Array& grad = step % 2 == 0 ? a.grad : other_grad;
       control_a.new_gradient(step);
       grad.fill([&](std::uint64_t i) { return control_a.grad.get(static_cast<std::int64_t>(i)); });
+      if (step % 3 == 1) optimizer.parameter("a").clear_grad();
+      if (step % 3 == 2) optimizer.freeze("a");
       optimizer.parameter("a").set_grad(grad.view());
+      optimizer.thaw("a");
       if (step == 3) {
         std::memcpy(other_value.data(), a.value.data(), a.value.bytes());
         a.value.fill([](std::uint64_t) { return std::nan(""); });

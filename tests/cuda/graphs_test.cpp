@@ -493,6 +493,114 @@ TEST_F(Graphs, StepWhatWasCapturedWhoeverIsFrozenLater) {
   twins.expect_equal("at the end");
 }
 
+/// With and without a norm, none of whose kernels is captured where nothing steps.
+TEST_F(Graphs, AreEmptyWhereAllHasBeenFrozen) {
+  for (const StepOptions& options : {StepOptions{}, StepOptions{.max_grad_norm = 0.5}}) {
+    ReadyTwins twins(two_groups());
+    eager_step(twins);
+    twins.both([](Optimizer& o) {
+      o.freeze("body");
+      o.freeze("head");
+    });
+    const RecordedGraph graph = capture(twins.cuda, options);
+    for (int i = 0; i < 2; ++i) run(twins, graph, options);
+    EXPECT_EQ(1, twins.cuda.state("body.0").step());
+    twins.both([](Optimizer& o) { o.thaw("body"); });
+    eager_step(twins, options);
+    twins.expect_equal("at the end");
+  }
+}
+
+TEST_F(Graphs, LeaveAloneWhoHasBeenFrozenOnTheCpu) {
+  ReadyTwins twins(two_groups());
+  std::vector<float> value(3, 1.0f), grad(3, 1.0f);
+  twins.cuda.add_group("host", AdamHyper{},
+                       {{"h", view(value.data(), {3}), view(grad.data(), {3})}});
+  eager_step(twins);
+  const std::vector<float> before = value;
+  twins.cuda.freeze("host");
+  const RecordedGraph graph = capture(twins.cuda);
+  for (int i = 0; i < 2; ++i) run(twins, graph);
+  EXPECT_EQ(before, value);
+  EXPECT_EQ(1, twins.cuda.state("h").step());
+  twins.expect_equal("at the end");
+}
+
+TEST_F(Graphs, CanBeCapturedWhereWhoStepsIsAsBefore) {
+  ReadyTwins twins(two_groups());
+  eager_step(twins);
+  twins.cuda.freeze("body");
+  twins.set_grad("head.0", false);
+  twins.cuda.thaw("body");
+  twins.set_grad("head.0", true);
+  const RecordedGraph graph = capture(twins.cuda);
+  run(twins, graph);
+  // And with gradients elsewhere, which were given meanwhile.
+  twins.fill_grads(pool_, 100, 1);
+  check(cudaDeviceSynchronize());
+  twins.both([](Optimizer& o) {
+    o.freeze("head");
+    o.parameter("body.1").clear_grad();
+  });
+  twins.use_grads(1);
+  twins.both([](Optimizer& o) { o.thaw("head"); });
+  const RecordedGraph elsewhere = capture(twins.cuda);
+  twins.cpu.step();
+  elsewhere.run(*stream_);
+  twins.use_grads(0);
+  eager_step(twins);
+  twins.expect_equal("at the end");
+}
+
+/// What waits for one that does not step waits for a step outside of captures.
+TEST_F(Graphs, TakeMovedGradientsWhileCountsOfFrozenOnesWait) {
+  ReadyTwins twins(two_groups());
+  eager_step(twins);
+  twins.both([](Optimizer& o) { o.freeze("head.1"); });
+  eager_step(twins);
+  twins.both([](Optimizer& o) { o.state("head.1").set_step(7); });
+  twins.fill_grads(pool_, 100, 1);
+  check(cudaDeviceSynchronize());
+  twins.use_grads(1);
+  const RecordedGraph graph = capture(twins.cuda);
+  for (int i = 0; i < 2; ++i) {
+    twins.cpu.step();
+    graph.run(*stream_);
+  }
+  EXPECT_EQ(7, twins.cuda.state("head.1").step());
+  twins.both([](Optimizer& o) { o.thaw("head.1"); });
+  twins.use_grads(0);
+  eager_step(twins);
+  EXPECT_EQ(8, twins.cuda.state("head.1").step());
+  twins.expect_equal("at the end");
+}
+
+TEST_F(Graphs, CountOnWhereSlotsAreBound) {
+  ReadyTwins twins(two_groups());
+  eager_step(twins);
+  const RecordedGraph graph = capture(twins.cuda);
+  run(twins, graph);
+  std::int64_t steps = 2;
+  std::vector<std::unique_ptr<DeviceMemory>> bound;
+  for (const auto& [name, slot] : {std::pair("body.0", "exp_avg"), {"head.0", "momentum_buffer"}}) {
+    StateRef state = twins.cuda.state(name);
+    TensorView memory = state.slot(slot);
+    bound.push_back(std::make_unique<DeviceMemory>(memory.bytes()));
+    bound.back()->upload(std::string(memory.bytes(), '\0').data());
+    memory.data = bound.back()->data();
+    state.bind_slot(slot, memory);
+    for (int i = 0; i < 2; ++i) run(twins, graph);
+    steps += 2;
+    EXPECT_EQ(steps, state.step()) << slot;
+    run(twins, graph);
+    twins.both([name = name](Optimizer& o) { o.state(name).set_step(100); });
+    EXPECT_EQ(100, state.step()) << slot;
+    ++steps;
+  }
+  eager_step(twins);
+  twins.expect_equal_steps("at the end");
+}
+
 TEST_F(Graphs, FollowStepCountsThatAreSet) {
   ReadyTwins twins(two_groups());
   eager_step(twins);
@@ -613,6 +721,33 @@ TEST_F(GraphsOfTwoDevices, ShareTheNorm) {
   EXPECT_EQ(2, graphed.optimizer().skipped_steps());
   EXPECT_EQ(9, graphed.optimizer().state("on1.0").step());
   EXPECT_EQ(eager.optimizer().last_grad_norm().norm, graphed.optimizer().last_grad_norm().norm);
+}
+
+/// Whether or not the other device's stream has joined the capture.
+TEST_F(GraphsOfTwoDevices, AreOneDevicesWhereTheOthersHasBeenFrozen) {
+  for (const bool joins : {false, true}) {
+    TwoDevices eager, graphed;
+    const StepOptions options{.max_grad_norm = 0.5, .streams = views_};
+    for (TwoDevices* each : {&eager, &graphed}) {
+      each->fill_grads(ordinary_pool(), 1);
+      each->optimizer().step(options);
+      each->optimizer().freeze("on1");
+    }
+    const RecordedGraph graph(*streams_[0], [&] {
+      if (joins) fork();
+      graphed.optimizer().step(options);
+      if (joins) join();
+    });
+    for (std::uint64_t i = 0; i < 3; ++i) {
+      for (TwoDevices* each : {&eager, &graphed}) each->fill_grads(ordinary_pool(), i);
+      eager.optimizer().step(options);
+      graph.run(*streams_[0]);
+      ASSERT_EQ(eager.values(), graphed.values()) << i;
+    }
+    EXPECT_EQ(4, graphed.optimizer().state("on0.0").step());
+    EXPECT_EQ(1, graphed.optimizer().state("on1.0").step());
+    EXPECT_EQ(eager.optimizer().last_grad_norm().norm, graphed.optimizer().last_grad_norm().norm);
+  }
 }
 
 TEST_F(GraphsOfTwoDevices, MustBeOneGraph) {
@@ -783,6 +918,21 @@ TEST_F(Refused, WhatOnlyTheHostKnows) {
       {.grad_multiplier_source = view(&one, {})}, nothing);
 }
 
+/// What a refused call has named makes no device one that a step is for.
+TEST_F(Refused, WhateverWasRefusedBefore) {
+  float one = 1;
+  twins_->cuda.step(on_stream({.max_grad_norm = 1.0}));
+  expect(
+      "skip_source lives on cpu, and group 'body', parameter 'body.0' on cuda:0; only a scalar of "
+      "the same device can be read when the graph runs",
+      {.skip_source = view(&one, {}), .max_grad_norm = 1.0}, nothing);
+  twins_->cuda.group("body").set_lr(0.5);
+  sync()(twins_->cuda);
+  twins_->cuda.group("head").set_lr(0.5);
+  expect("settings of group 'head' have changed and are not on cuda:0 yet; call sync_hyper() first",
+         {}, sync());
+}
+
 TEST_F(Refused, ParametersOfTheCpu) {
   std::vector<float> value(3, 1.0f), grad(3, 1.0f);
   twins_->cuda.add_group("host", AdamHyper{},
@@ -797,17 +947,22 @@ TEST_F(Refused, ParametersOfTheCpu) {
 }
 
 TEST_F(Refused, EverythingElseOnACapturedStream) {
-  const std::string other =
-      "cuda:0: the stream is being captured into a CUDA graph, and only a step can be: do this "
-      "outside of the capture";
+  const std::string state_as_a_whole =
+      "state_dict(), save() or load() cannot be captured into a CUDA graph: call it outside of the "
+      "capture";
   const StateDict state = twins_->cpu.state_dict();
   const std::pair<std::function<void(Optimizer&)>, std::string> calls[] = {
       {[&](Optimizer& o) { o.sync_hyper(streams()); },
        "sync_hyper() cannot be captured into a CUDA graph: call it outside of the capture"},
       {[&](Optimizer& o) { o.grad_norm(streams()); },
        "grad_norm() cannot be captured into a CUDA graph: call it outside of the capture"},
-      {[&](Optimizer& o) { o.state_dict(streams()); }, other},
-      {[&](Optimizer& o) { o.load_state_dict(state, streams()); }, other},
+      {[&](Optimizer& o) { o.refresh_master_weights(streams()); },
+       "refresh_master_weights() cannot be captured into a CUDA graph: call it outside of the "
+       "capture"},
+      {[&](Optimizer& o) { o.norm_begin(Device::cuda(), streams()); },
+       "norm_begin() cannot be captured into a CUDA graph: call it outside of the capture"},
+      {[&](Optimizer& o) { o.state_dict(streams()); }, state_as_a_whole},
+      {[&](Optimizer& o) { o.load_state_dict(state, streams()); }, state_as_a_whole},
   };
   twins_->cuda.grad_norm();
   twins_->cuda.group("body").set_lr(1e-3);

@@ -188,6 +188,15 @@ class Twins {
       }
     }
   }
+  void expect_equal_slot_names(const std::string& when) {
+    for (const GroupRef& group : cpu.groups()) {
+      for (const ParameterRef& parameter : group.parameters()) {
+        EXPECT_EQ(cpu.state(parameter.name()).slot_names(),
+                  cuda.state(parameter.name()).slot_names())
+            << when << ": " << parameter.name();
+      }
+    }
+  }
   /// Faster still: parameters only.
   void expect_equal_values(const std::string& when) {
     for (Batch& batch : batches_) {

@@ -34,6 +34,7 @@ class Life {
   virtual void expect_equal(const std::string& when) {
     twins->expect_equal_memory(when);
     twins->expect_equal_steps(when);
+    twins->expect_equal_slot_names(when);
   }
 };
 
@@ -449,6 +450,88 @@ TEST_F(Faults, AFailedCaptureIsNoFailedStep) {
     }
   }
 }
+
+/// A graph that was captured before, run after a call that had to make tables larger and failed,
+/// and again when it is made once more.
+class AfterGrowth : public Faults, public testing::WithParamInterface<bool> {};
+
+TEST_P(AfterGrowth, GraphsRunOnThoughItFailed) {
+  int failed = 0;
+  for (std::int64_t call = 0;; ++call) {
+    cuda_sim::reset(static_cast<std::uint64_t>(call), static_cast<cuda_sim::Policy>(call % 3));
+    Twins twins({{"a", AdamHyper{.lr = 1e-2}, kLayoutCases[0], {{700}, {3}}}});
+    std::vector<GroupSpec> late;
+    for (int i = 0; i < 40; ++i) {
+      late.push_back({"late" + std::to_string(i), AdamHyper{}, kLayoutCases[0], {{5}}});
+    }
+    check(cudaDeviceSynchronize());
+    cudaStream_t handle = nullptr;
+    check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking));
+    const Stream stream{Device::cuda(), static_cast<void*>(handle)};
+    const std::span<const Stream> streams(&stream, 1);
+    twins.cpu.step();
+    twins.cuda.step({.streams = streams});
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeGlobal));
+    twins.cuda.step({.streams = streams});
+    check(cudaStreamEndCapture(handle, &graph));
+    check(cudaGraphInstantiate(&exec, graph, 0));
+    check(cudaGraphDestroy(graph));
+    twins.add(late);
+    check(cudaDeviceSynchronize());
+
+    const auto bring = [&] {
+      if (GetParam()) twins.cuda.step({.streams = streams});
+      twins.cuda.sync_hyper(streams);
+    };
+    const auto run = [&](const std::string& when) {
+      check(cudaGraphLaunch(exec, handle));
+      for (const GroupSpec& group : late) twins.cpu.freeze(group.name);
+      twins.cpu.step();
+      for (const GroupSpec& group : late) twins.cpu.thaw(group.name);
+      check(cudaStreamSynchronize(handle));
+      twins.expect_equal_memory(when + std::to_string(call));
+      twins.expect_equal_steps(when + std::to_string(call));
+    };
+    cuda_sim::inject({call, cudaErrorMemoryAllocation});
+    bool out_of_memory = false, broken = false;
+    try {
+      bring();
+    } catch (const OutOfMemory&) {
+      out_of_memory = true;
+    } catch (const DeviceError&) {
+      broken = true;
+    }
+    const bool met = !cuda_sim::faulted_call().empty();
+    cuda_sim::clear_faults();
+    if (out_of_memory && twins.cuda.state("late0.0").slot_names().empty()) {
+      ++failed;
+      run("after a failure in call ");
+      twins.cuda.sync_hyper(streams);  // brings the settings of the graph, and no plan
+      run("after sync_hyper(), call ");
+      bring();
+    }
+    if (!broken) {
+      if (GetParam()) twins.cpu.step();
+      run("at the end, call ");
+    }
+    check(cudaStreamSynchronize(handle));
+    check(cudaGraphExecDestroy(exec));
+    twins.cuda = Optimizer();
+    check(cudaStreamDestroy(handle));
+    for (const std::string& violation : cuda_sim::take_violations()) {
+      ADD_FAILURE() << violation << ", call " << call;
+    }
+    if (HasFailure() || !met) {
+      EXPECT_GT(failed, 5);
+      return;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Of, AfterGrowth, testing::Bool(),
+                         [](const auto& about) { return about.param ? "Plans" : "Settings"; });
 
 /// What a failed step has left on its stream must not come after the next step on another one.
 TEST_F(Faults, AFailedStepIsOverBeforeTheNext) {

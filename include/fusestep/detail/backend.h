@@ -57,30 +57,32 @@ class Backend {
   /// That sum in this process's memory; waits for the device.
   virtual NormSum read_sum(int position, void* stream) = 0;
   /// Part `position` is what `from`, another device of the same kind, has summed; no waiting here.
-  virtual void copy_sum(int position, Backend& from, void* from_stream, void* stream) = 0;
+  /// Not asked of the CPU, of which there is only one.
+  virtual void copy_sum(int, Backend&, void*, void*) {}
   /// Part `position` is this.
   virtual void write_sum(int position, NormSum sum, void* stream) = 0;
   /// Parts [0, parts) together, as two doubles that others may be added to: squares and nonfinite.
   /// On this device, where they stay for its life; no waiting here. Throws OutOfMemory. These two
-  /// are not asked of the CPU.
-  virtual double* gather_sums(int parts, void* stream) = 0;
+  /// are not asked of the CPU, whose numbers the engine has itself.
+  virtual double* gather_sums(int, void*) { return nullptr; }
   /// Part 0 is what these two are when the stream gets here.
-  virtual void scatter_sums(void* stream) = 0;
+  virtual void scatter_sums(void*) {}
 
   /// prepare, then apply for every bucket.
   virtual void run(const StepRequest& request, void* stream) = 0;
   /// Control::grad_norm of the last run, to memory of this device; no waiting here.
   virtual void copy_grad_norm(double* to, void* stream) = 0;
 
+  /// In the order of the stream; no waiting here.
+  virtual void write_state(int index, StepState state, void* stream) = 0;
   /// These wait for the device.
   virtual StepState read_state(int index) = 0;
-  virtual void write_state(int index, StepState state, void* stream) = 0;
   virtual Control read_control() = 0;
   /// Memory of the device where the host can read it, until the next call; at most kReadBytes.
   /// Waits for the device.
   virtual const void* read(const void* from, std::size_t bytes, void* stream) = 0;
   /// What read() has allocated is given back.
-  virtual void end_reading() noexcept = 0;
+  virtual void end_reading() noexcept {}
   /// What write() needs of memory is there afterwards. Throws OutOfMemory.
   virtual void begin_writing(void* stream) = 0;
   /// `from` is the host's, and may be reused when this returns.
