@@ -3,6 +3,7 @@
 #include "torch_stepper.h"
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -265,9 +266,8 @@ bool TorchStepper::placed_alike(PyObject* a, PyObject* b) {
   return true;
 }
 
-/// `index`: where it will be in tensors_.
-bool TorchStepper::fill(std::size_t index, PyObject* whole_value, PyObject* whole_grad,
-                        PyObject* state, detail::BorrowedTensor& tensor) {
+bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
+                        detail::BorrowedTensor& tensor) {
   if (!placed_alike(whole_value, whole_grad)) return false;
   const py::object local_value = local(whole_value), local_grad = local(whole_grad);
   PyObject* const value = local_value.ptr();
@@ -289,7 +289,7 @@ bool TorchStepper::fill(std::size_t index, PyObject* whole_value, PyObject* whol
   tensor.steps = true;
 
   // A real value's memory is asked once; gradients are others at every step.
-  const bool known = optimizer_.knows(index, tensor) && !value_info->is_complex;
+  const bool known = optimizer_.knows(tensors_.size(), tensor) && !value_info->is_complex;
   if (is_lazily_changed(grad, *grad_info)) return false;
   if (!known && is_lazily_changed(value, *value_info)) return false;
 
@@ -344,15 +344,35 @@ bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const Te
   return true;
 }
 
-void TorchStepper::take(std::size_t index, int position, PyObject* value, PyObject* grad,
+void TorchStepper::take(int position, PyObject* value, PyObject* grad,
                         const detail::BorrowedTensor& tensor) {
-  const auto place = static_cast<std::ptrdiff_t>(index);
-  tensors_.insert(tensors_.begin() + place, tensor);
-  positions_.insert(positions_.begin() + place, position);
+  in_order_ = in_order_ && (positions_.empty() || positions_.back() < position);
+  tensors_.push_back(tensor);
+  positions_.push_back(position);
   ++taken_;
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
   note_written(value);
   if (writes_grads_) note_written(grad);
+}
+
+/// Norms are summed in the order of parameters, not first those that gather() could take.
+void TorchStepper::put_in_order() {
+  if (in_order_) return;
+  std::vector<std::size_t> order(positions_.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](std::size_t a, std::size_t b) { return positions_[a] < positions_[b]; });
+  std::vector<detail::BorrowedTensor> tensors;
+  tensors.reserve(order.size());
+  for (const std::size_t at : order) tensors.push_back(tensors_[at]);
+  tensors_ = std::move(tensors);
+  std::sort(positions_.begin(), positions_.end());
+  in_order_ = true;
+}
+
+bool TorchStepper::takes_turns() {
+  put_in_order();
+  return optimizer_.takes_turns(tensors_);
 }
 
 void TorchStepper::let_go(bool written) {
@@ -400,6 +420,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   kinds_.clear();
   tensors_.clear();
   positions_.clear();
+  in_order_ = true;
   lr_tensors_.clear();
   taken_ = 0;
   compared_ = 0;
@@ -419,7 +440,10 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
         PySequence_Fast(item(group.ptr(), keys().params), "params must be a list"));
     if (!params) throw py::error_already_set();
     for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params.ptr()); ++j, ++position) {
-      PyObject* const value = PySequence_Fast_GET_ITEM(params.ptr(), j);
+      // Held: torch may let other threads run meanwhile, and one may change the list.
+      const auto held =
+          py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), j));
+      PyObject* const value = held.ptr();
       const py::object grad = grad_of(value);
       if (grad.is_none()) {
         rest(static_cast<std::int32_t>(i), position, value);
@@ -429,11 +453,10 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
       tensor.group = static_cast<std::int32_t>(i);
       tensor.noise_seed = noise_seed_of(kinds_.back(), position);
       tensor.buffer_filled = true;
-      const bool ready =
-          !kinds_.back().differentiable &&
-          fill(tensors_.size(), value, grad.ptr(), state_of(state.ptr(), value), tensor);
+      const bool ready = !kinds_.back().differentiable &&
+                         fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
       if (ready) {
-        take(tensors_.size(), position, value, grad.ptr(), tensor);
+        take(position, value, grad.ptr(), tensor);
       } else {
         unready.append(py::make_tuple(i, position, py::handle(value)));
       }
@@ -448,12 +471,10 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
   tensor.group = group;
   tensor.noise_seed = noise_seed_of(kinds_.at(static_cast<std::size_t>(group)), position);
   tensor.buffer_filled = !fresh;
-  const auto place = std::upper_bound(positions_.begin(), positions_.end(), position);
-  const auto index = static_cast<std::size_t>(place - positions_.begin());
-  if (!fill(index, value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
+  if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
   devices_are_known_ = false;
   can_store_grads_.reset();
-  take(index, position, value.ptr(), grad.ptr(), tensor);
+  take(position, value.ptr(), grad.ptr(), tensor);
   return true;
 }
 
@@ -709,6 +730,7 @@ void TorchStepper::step(const py::object& found_inf, const py::object& loss_scal
   stepped_ = taken_;
   follow_torch_in_this_thread();
   const py::gil_scoped_release release;
+  put_in_order();
   if (steps_again_) {
     optimizer_.step_again(groups_, options);
   } else {

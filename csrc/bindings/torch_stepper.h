@@ -58,7 +58,7 @@ class TorchStepper {
   bool holds_same(const pybind11::list& groups) const;
 
   /// Of what was taken: see BorrowedOptimizer.
-  bool takes_turns() { return optimizer_.takes_turns(tensors_); }
+  bool takes_turns();
   bool can_store_grads();
 
   /// Steps what was taken. `found_inf` is None, a number or a tensor: not 0 changes nothing.
@@ -148,15 +148,15 @@ class TorchStepper {
   bool is_dtensor(PyObject* tensor) const;
   pybind11::object local(PyObject* tensor) const;
   bool placed_alike(PyObject* a, PyObject* b);
-  bool fill(std::size_t index, PyObject* whole_value, PyObject* whole_grad, PyObject* state,
+  bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
   bool fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
                   PyObject* state, detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info);
   void take_settings(const pybind11::object& group);
   void rest(std::int32_t group, int position, PyObject* value);
-  void take(std::size_t index, int position, PyObject* value, PyObject* grad,
-            const detail::BorrowedTensor& tensor);
+  void take(int position, PyObject* value, PyObject* grad, const detail::BorrowedTensor& tensor);
+  void put_in_order();
   void note_written(PyObject* tensor);
   bool is_captured(std::span<const Stream> streams);
   const std::vector<std::vector<Device>>& devices_of_groups();
@@ -172,9 +172,10 @@ class TorchStepper {
   detail::BorrowedOptimizer optimizer_;
   std::vector<Group> kinds_;
   std::vector<detail::BorrowedGroup> groups_;
-  std::vector<detail::BorrowedTensor> tensors_;  // in the order of the parameters
-  std::vector<int> positions_;                   // of tensors_, among all parameters
-  std::vector<pybind11::object> lr_tensors_;     // by group, where the lr is read on the device
+  std::vector<detail::BorrowedTensor> tensors_;
+  std::vector<int> positions_;                // of tensors_, among all parameters
+  bool in_order_ = true;                      // of their positions
+  std::vector<pybind11::object> lr_tensors_;  // by group, where the lr is read on the device
   pybind11::object dtensor_ = pybind11::none();
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;

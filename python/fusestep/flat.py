@@ -177,7 +177,7 @@ class Flat:
         self._awaited: dict[torch.Tensor, _FirstGradient] = {}
         self._links = 0  # times that anything was brought to its place
         self._handed_out: set[tuple[torch.Tensor, str]] = set()  # parts of slots that somebody may still hold
-        self._is_remembered = False
+        self.is_remembered = False
         self.add(optimizer.param_groups)
         self.take_state()
         _flattened.add(self)
@@ -232,7 +232,7 @@ class Flat:
 
     def let_go(self) -> None:
         """Parameters that have left the groups get gradients of their own."""
-        if self._is_remembered and self._stepper.holds_same(self._optimizer().param_groups):
+        if self.is_remembered and self._stepper.holds_same(self._optimizer().param_groups):
             return
         members = {id(p) for p in self._params()}
         for p in [p for p in self._places if id(p) not in members]:
@@ -417,13 +417,13 @@ class Flat:
 
     def forget(self) -> None:
         """The next step looks at everything."""
-        self._is_remembered = False
+        self.is_remembered = False
 
     def is_unchanged(self, stores: bool) -> bool:
         """Whether the next step is one of the same tensors as the last."""
         optimizer = self._optimizer()
         return (
-            self._is_remembered
+            self.is_remembered
             and type(optimizer.state) is _States
             and optimizer.state.watcher is self
             and self._stepper.is_unchanged(optimizer.param_groups, stores, not self.trusts)
@@ -434,7 +434,7 @@ class Flat:
         optimizer = self._optimizer()
         if type(optimizer.state) is not _States or optimizer.state.watcher is not self:
             optimizer.state = _States(optimizer.state, self)
-        self._is_remembered = optimizer.state.are_watched() and self._stepper.remember(
+        self.is_remembered = optimizer.state.are_watched() and self._stepper.remember(
             optimizer.param_groups, self._expected(), optimizer.state
         )
 

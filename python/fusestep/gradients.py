@@ -218,10 +218,10 @@ def _values(grad):
 
 
 def _new_sum(device):
-    return torch.zeros(2, dtype=_sum_dtype(device), device=device)
+    return torch.zeros(2, dtype=sum_dtype(device), device=device)
 
 
-def _sum_dtype(device):
+def sum_dtype(device):
     return torch.float32 if device.type == "mps" else torch.float64  # which has no other
 
 
@@ -230,7 +230,7 @@ def _sums_here(grads) -> Iterator[torch.Tensor]:
     for grad in grads:
         alike.setdefault((grad.device, grad.dtype, type(grad)), []).append(grad)
     for (device, dtype, kind), tensors in alike.items():
-        wide = _sum_dtype(device)
+        wide = sum_dtype(device)
         if kind in (torch.Tensor, torch.nn.Parameter):
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
         else:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
+import os
 import sys
 import threading
 import warnings
@@ -25,7 +26,17 @@ from .checkpoint import Checkpoints
 from .dtensor import dtensor_class, grad_placed_as, is_dtensor, local, placed_alike, same_mesh, whole
 from .flat import FlatBuffer, _capturing, flatten, plain_state
 from .freezing import Freezable, freeze, thaw
-from .gradients import CommonNorm, check_flag, check_limit, has_overlap, is_sharded, scalar_of, scaled_grads, unscale
+from .gradients import (
+    CommonNorm,
+    check_flag,
+    check_limit,
+    has_overlap,
+    is_sharded,
+    scalar_of,
+    scaled_grads,
+    sum_dtype,
+    unscale,
+)
 from .groups import param_groups_by
 from .state import SLOTS
 from .summary import Summarizable, Summary, summary
@@ -136,7 +147,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         super().add_param_group(param_group)
         try:
             precision.check_group(self.param_groups[-1], f"group {len(self.param_groups) - 1}")
-            precision.check_noise(self.param_groups)
+            if precision.is_stochastic(self.param_groups[-1]):
+                precision.check_noise(self.param_groups)
             if self._flat is not None:
                 self._flat.add(self.param_groups)
         except Exception:
@@ -188,12 +200,15 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         try:
             self._check_options()
             if self._flat is None or capturing or not self._step_again():
-                self._step_anew(capturing)
+                try:
+                    self._step_anew(capturing)
+                finally:
+                    written = self._stepper.written
+                    self._home = written[0].device if written else None
+                    self._stepper.let_go(self._flat is None or not self._flat.is_remembered)
         except (TypeError, ValueError, RuntimeError) as error:
             self._refuse_settings(error)
             raise
-        finally:
-            self._stepper.let_go(self._flat is None)
 
     def _check_options(self):
         """Those edited in `param_groups`, as the constructor does; nothing where they are what they were."""
@@ -254,8 +269,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 norm = CommonNorm(pairs, loss_scale)
         self._run(found_inf, loss_scale, stores and not divides_apart, norm)
         if divides_apart:
-            if self.skip_nonfinite and found_inf is None:
-                found_inf = CommonNorm(self._pairs(), None).nonfinite
+            if self.skip_nonfinite:
+                found_inf = CommonNorm(self._pairs(), None).skip(found_inf)
             unscale(self.param_groups, loss_scale, found_inf)
         if self._flat is not None:
             self._flat.remember()
@@ -324,6 +339,13 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def _measures(self):
         return self.max_grad_norm is not None or self.skip_nonfinite
 
+    def _placed_pairs(self):
+        """With gradients of DTensors where their parameters are."""
+        return [
+            (p, grad_placed_as(p) if grad is not None and is_dtensor(p) and same_mesh(p, grad) else grad)
+            for p, grad in self._pairs()
+        ]
+
     def _pairs(self):
         return [(p, p.grad) for group in self.param_groups for p in group["params"]]
 
@@ -336,20 +358,19 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             skip = norm.skip(found_inf) if self.skip_nonfinite else found_inf
             coefficient = norm.coefficient(self.max_grad_norm)
             self._stepper.step(skip, loss_scale, stores, coefficient, None, self.clip_value, False)
-        written = self._stepper.written
-        self._home = written[0].device if written else None
         if norm is not None:
             self._norm_apart = norm.norm
         else:
-            self._norm_apart = None if written or not self._measures() else self._no_norm(0.0)
+            has_none = self._measures() and not self._stepper.written
+            self._norm_apart = self._no_norm(0.0) if has_none else None
         if tells:
-            torch.autograd.graph.increment_version(written)
+            torch.autograd.graph.increment_version(self._stepper.written)
 
     def _step_with_unready(self, unready, found_inf, loss_scale):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
         if found_inf is not None and float(found_inf) != 0:
             # It has waited for the device, so that a skipped step makes no state.
-            return self._skip(CommonNorm(self._pairs(), loss_scale) if self._measures() else None)
+            return self._skip(CommonNorm(self._placed_pairs(), loss_scale) if self._measures() else None)
         why = {p: _why_torch(p, self.state.get(p, {}), self.param_groups[index]) for index, _, p in unready}
         for index, _, p in unready:
             self._refuse_torch(why[p], index, p)
@@ -383,8 +404,10 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                     fresh.add(p)  # of a parameter that is listed twice, both times
                 if self._stepper.add(index, position, p, grads[p], state, p in fresh):
                     continue
-                self._refuse_known(index, p, _refused_as_copy(p, state))
-                copy = _DenseCopy(p, grads[p], state)
+                names = {*self._names_of_state(p, group), precision.MASTER}
+                written = {name: value for name, value in state.items() if name in names}
+                self._refuse_known(index, p, _refused_as_copy(p, written))
+                copy = _DenseCopy(p, grads[p], written)
                 if self._stepper.add(index, position, copy.value, copy.grad, copy.state, p in fresh):
                     copies.append(copy)
                     continue
@@ -392,7 +415,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                 self._refuse_torch(why[p], index, p)
                 if p not in self.state:
                     states.take_back(p)  # torch makes its own
-            self._refuse_known(index, p, _refused_by_torch(p, states[p], self._state_names(group), group))
+            reason = _refused_by_torch(p, states[p], self._state_names(group), group, self.defaults["differentiable"])
+            self._refuse_known(index, p, reason)
             left_to_torch[index].append((p, why[p]))
         return copies, left_to_torch
 
@@ -483,7 +507,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def _no_norm(self, value=math.nan):
         """A number, where the parameters are."""
         devices = (p.device for group in self.param_groups for p in group["params"])
-        return torch.full((), value, dtype=torch.float64, device=self._home or next(devices, "cpu"))
+        device = self._home or next(devices, torch.device("cpu"))
+        return torch.full((), value, dtype=sum_dtype(device), device=device)
 
     @property
     def skipped_steps(self):
@@ -516,10 +541,21 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
     def _lock(self):
         """Of what the stepper has read: the engine steps without the GIL."""
         try:
-            return self.__dict__["_lock_of_this_process"]
+            return self.__dict__[_lock_name]
         except KeyError:
-            return self.__dict__.setdefault("_lock_of_this_process", threading.RLock())
+            return self.__dict__.setdefault(_lock_name, threading.RLock())
 
+
+_lock_name = f"_lock_of_process_{os.getpid()}"  # one that was held when the process was forked stays so
+
+
+def _rename_lock():
+    global _lock_name
+    _lock_name = f"_lock_of_process_{os.getpid()}"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_rename_lock)
 
 _OWN_SETTINGS = ("max_grad_norm", "clip_value", "skip_nonfinite", "keep_scaled_grads")
 
@@ -821,16 +857,25 @@ def _is_wrapper(tensor):
         return True
 
 
-def _refused_by_torch(p, state, names, group):
-    """What torch's own step would raise only after it has begun; None if nothing is known."""
-    if group["differentiable"] and p.is_leaf and p.requires_grad:
+def _refused_by_torch(p, state, names, group, with_grad):
+    """What torch's own step would raise only after it has begun; None if nothing is known.
+
+    `with_grad`: it is made with gradients enabled, which the defaults say and not the group.
+    """
+    if group["differentiable"] and with_grad and p.is_leaf and p.requires_grad:
         return "a leaf that requires a gradient cannot be stepped in-place with differentiable=True"
-    slots = {name: state.get(name) for name in names}
+    slots = {name: state[name] for name in names if name != "step" and state.get(name) is not None}
     for name, value in slots.items():
-        if name != "step" and torch.is_tensor(value) and value.shape != p.shape:
+        if not torch.is_tensor(value):
+            return f"its {name} must be a tensor, got {value!r}"
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in (p, p.grad, *slots.values())):
+        return None  # what others can do is theirs to know
+    for name, value in slots.items():
+        if value.shape != p.shape:
             return f"its {name} must be of shape {shape_text(p.shape)}, got {shape_text(value.shape)}"
-    if "exp_avg" in names:  # which goes towards the gradient by lerp_: of one dtype
-        wanted = p.dtype if slots["exp_avg"] is None else slots["exp_avg"].dtype
+    is_promoted = group["weight_decay"] != 0 and not group.get("decoupled_weight_decay")  # by adding the parameter
+    if "exp_avg" in names and not is_promoted:  # which goes towards the gradient by lerp_: of one dtype
+        wanted = slots.get("exp_avg", p).dtype
         if p.grad.dtype != wanted:
             return precision.misfit(p, slots) or f"its gradient must be {wanted}, as its exp_avg, got {p.grad.dtype}"
     return None

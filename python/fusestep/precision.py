@@ -78,8 +78,9 @@ def has_none(group: Mapping[str, Any]) -> bool:
 
 
 def options_in(group: Mapping[str, Any]) -> tuple:
-    """What check_group() looks at, parameters apart."""
-    return (*map(group.get, DEFAULTS), group.get("differentiable"))
+    """What check_group() and check_noise() look at, parameters apart."""
+    names = group.get("param_names") if is_stochastic(group) else None
+    return (*map(group.get, DEFAULTS), group.get("differentiable"), names)
 
 
 def where(p: torch.Tensor, index: int, group: Mapping[str, Any], group_text: str) -> str:
@@ -130,14 +131,17 @@ def check_group(group: Mapping[str, Any], group_text: str) -> None:
 
 def check_noise(groups: Iterable[Mapping[str, Any]]) -> None:
     """Raises InvalidArgument for two parameters that would be rounded by the same random bits."""
-    groups_of: dict[tuple, int] = {}
+    known: dict[tuple, torch.Tensor] = {}
     for index, group in enumerate(groups):
-        for name in group.get("param_names", ()) if is_stochastic(group) else ():
-            first = groups_of.setdefault((group.get("seed", 0), name), index)
-            if first != index:
+        if not is_stochastic(group):
+            continue
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+            if torch.bfloat16 not in (p.dtype, state_dtype(p, group)):
+                continue
+            if known.setdefault((group.get("seed", 0), name), p) is not p:
                 raise InvalidArgument(
-                    f"group {index}, parameter '{name}': group {first} has one of this name and seed too, and "
-                    "rounding='stochastic' draws by both: give one of the groups another seed"
+                    f"group {index}, parameter '{name}': another has this name and seed too, and rounding='stochastic' "
+                    "draws by both: give it another name, or its group another seed"
                 )
 
 

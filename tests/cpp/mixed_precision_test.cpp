@@ -256,10 +256,14 @@ TEST(StochasticRounding, NoiseIsIndependent) {
   };
   for (const std::int64_t step : {1, 2}) {
     const detail::NoiseKey key = detail::noise_key(detail::noise_seed(1, "p"), step);
-    for (const std::uint32_t lag : {0, 1, 2, 8, 64, 4096, 65536}) {
+    constexpr std::int64_t far = std::int64_t{1} << 32;
+    for (const std::int64_t lag :
+         {std::int64_t{0}, std::int64_t{1}, std::int64_t{2}, std::int64_t{8}, std::int64_t{64},
+          std::int64_t{4096}, std::int64_t{65536}, far, 2 * far, 3 * far}) {
       std::vector<std::array<std::array<int, cells>, 4>> counts(4);
+      const detail::NoiseKey there = detail::noise_key_from(key, lag);
       for (std::uint32_t i = 0; i < size; ++i) {
-        const detail::Noise one(key, i), other(key, i + lag);
+        const detail::Noise one(key, i), other(there, i + static_cast<std::uint32_t>(lag));
         for (int a = 0; a < 4; ++a) {
           for (int b = 0; b < 4; ++b) ++counts[a][b][bits(one, a) << 6 | bits(other, b)];
         }

@@ -658,14 +658,30 @@ def test_parameters_that_have_left_are_not_kept_alive():
     assert left() is None
 
 
+@support.needs_grad_dtype
+def test_stray_gradients_of_flat_groups_are_not_kept_alive():
+    p = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device=device.DEFAULT))
+    optimizer = fusestep.optim.SGD([p], lr=0.1)
+    fusestep.optim.flatten(optimizer)
+    p.grad_dtype = None
+    for _ in range(2):
+        p.grad = torch.ones(8, dtype=torch.float32, device=device.DEFAULT)
+        optimizer.grad_scale, optimizer.found_inf = scalar(4.0), scalar(0.0)
+        optimizer.step()
+    grad = weakref.ref(p.grad)
+    p.grad = None
+    assert grad() is None
+
+
+@pytest.mark.parametrize("found", [None, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_step_skipped_for_its_gradients_leaves_them_scaled(dtype):
+def test_a_step_skipped_for_its_gradients_leaves_them_scaled(dtype, found):
     (p,) = support.tensors((2,), dtype=dtype)
     optimizer = fusestep.optim.SGD([p], lr=0.1, skip_nonfinite=True)
     for good in (False, True):
         grad = torch.tensor([8.0, 4.0 if good else math.inf], dtype=dtype, device=device.DEFAULT)
         p.grad = grad.clone()
-        optimizer.grad_scale = scalar(4.0)
+        optimizer.grad_scale, optimizer.found_inf = scalar(4.0), None if found is None else scalar(found)
         optimizer.step()
         assert torch.equal(p.grad, grad / 4 if good else grad)
     assert optimizer.skipped_steps == 1

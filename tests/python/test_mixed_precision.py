@@ -269,7 +269,7 @@ def test_a_master_weight_that_is_left_is_not_rounded_stochastically():
 def test_parameters_of_one_name_are_not_rounded_alike(added):
     a, b = (torch.nn.Parameter(torch.ones(64, dtype=BF16, device=device.DEFAULT)) for _ in range(2))
     groups = [{"params": [("w", a)]}, {"params": [("w", b)]}]
-    text = "group 1, parameter 'w': group 0 has one of this name and seed too"
+    text = "group 1, parameter 'w': another has this name and seed too"
     if added:
         optimizer = fusestep.optim.SGD(groups[:1], lr=1e-3, rounding="stochastic")
         with pytest.raises(fusestep.InvalidArgument, match=text):
@@ -286,6 +286,20 @@ def test_parameters_of_one_name_are_not_rounded_alike(added):
     optimizer.param_groups[1]["seed"] = 0
     with pytest.raises(fusestep.InvalidArgument, match=text):
         optimizer.step()
+    optimizer.param_groups[1]["param_names"] = ["v"]
+    optimizer.step()
+    optimizer.param_groups[1]["param_names"] = ["w"]
+    with pytest.raises(fusestep.InvalidArgument, match=text):
+        optimizer.step()
+    with pytest.raises(fusestep.InvalidArgument, match="group 0, parameter 'w': another"):
+        fusestep.optim.SGD([("w", a), ("w", b)], lr=1e-3, rounding="stochastic")
+
+
+def test_names_may_be_the_same_where_nothing_is_rounded():
+    a, b = support.tensors((4,), (4,))
+    optimizer = fusestep.optim.SGD([{"params": [("w", a)]}, {"params": [("w", b)]}], lr=0.1, rounding="stochastic")
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
 
 
 def test_a_parameter_that_became_float16_is_not_left_to_torch_with_stochastic_rounding():

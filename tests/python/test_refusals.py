@@ -410,6 +410,54 @@ def test_a_step_of_no_groups_is_none():
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:fusestep.optim")
+def test_what_torch_steps_is_not_refused():
+    """A group's flag alone does not make torch's step differentiable; coupled weight decay promotes gradients."""
+    (p,) = support.tensors((3,))
+    start = p.detach().clone()
+    optimizer = fusestep.optim.Adam([p], lr=0.1)
+    optimizer.param_groups[0]["differentiable"] = True
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.allclose(p, start - 0.1, atol=1e-5)
+
+
+@support.needs_grad_dtype
+@pytest.mark.filterwarnings("ignore:fusestep.optim")
+def test_gradients_that_weight_decay_promotes_are_stepped():
+    found = []
+    for cls in (fusestep.optim.Adam, torch.optim.Adam):
+        p = torch.nn.Parameter(torch.ones(3, device=device.DEFAULT))
+        p.grad_dtype = BF16
+        p.grad = torch.ones(3, dtype=BF16, device=device.DEFAULT)
+        optimizer = cls([p], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            optimizer.step()
+        found.append(p.detach().clone())
+    assert torch.allclose(*found)
+
+
+def test_state_of_a_users_own_may_be_expanded():
+    (p,) = support.tensors((4, 3))
+    optimizer = fusestep.optim.Adam([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["mask"] = torch.ones(1).expand(7)
+    p.grad = torch.ones(3, 4, device=device.DEFAULT).t()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_state_that_is_no_tensor_is_named():
+    (p,) = support.tensors((4,))
+    optimizer = fusestep.optim.Adam([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = 0.0
+    with pytest.raises(WRONG, match="group 0, parameter 0 .*: its exp_avg must be a tensor, got 0.0"):
+        optimizer.step()
+
+
 def test_settings_that_older_pickles_lack():
     mine = fusestep.optim.SGD(support.tensors((2,)), lr=0.1, max_grad_norm=1.0, skip_nonfinite=1)
     params_of(mine)[0].grad = torch.ones(2)

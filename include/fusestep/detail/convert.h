@@ -105,7 +105,7 @@ FUSESTEP_HD float load_widened(const void* memory, DType dtype, std::int64_t i) 
 }
 
 /// To one of the two neighbours, the nearer the likelier: `noise` is 16 random bits. What bfloat16
-/// can hold stays, infinite and NaN too.
+/// can hold stays, infinite too, and NaN is NaN.
 FUSESTEP_HD bfloat16 store_stochastically(float x, std::uint32_t noise) {
   const std::uint32_t rounded = x != x ? 0x7fff0000u : bits_of(x) + noise;
   return {static_cast<std::uint16_t>(rounded >> 16)};

@@ -42,7 +42,8 @@ FUSESTEP_HD NoiseKey noise_key(std::uint64_t seed, std::int64_t step) {
 /// Of the elements from `first` up to the next multiple of 2^32, which are then numbered by their
 /// lower 32 bits: loops over 32-bit numbers vectorise better.
 FUSESTEP_HD NoiseKey noise_key_from(NoiseKey key, std::int64_t first) {
-  return {key.first, key.second ^ static_cast<std::uint32_t>(first >> 32)};
+  const auto high = static_cast<std::uint32_t>(first >> 32);
+  return {key.first ^ high * 0x85ebca6bu, key.second ^ high * 0xc2b2ae35u};
 }
 
 /// 16 bits for each of the arrays an element is stored to. Few operations, of 32 bits: they are a
