@@ -153,7 +153,8 @@ void BorrowedPass::step(std::span<const BorrowedGroup> groups,
   } else {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       // State made anew may lie where that of before lay, whose buffer has been filled since.
-      if (tensors[i] == tensors_[i] && tensors[i].buffer_filled) continue;
+      const bool starts_anew = tensors[i].steps && !tensors[i].buffer_filled;
+      if (tensors[i] == tensors_[i] && !starts_anew) continue;
       now_.engine->rebind(static_cast<int>(i), tensors[i]);
       tensors_[i] = tensors[i];
     }

@@ -44,16 +44,24 @@ def _simulate(path):
             if _is_synchronised:
                 synchronize()
 
+    let_go, stepped_last = core.TorchStepper.let_go, {}
+
+    def remembering_let_go(self, written):
+        stepped_last[id(self)] = self.written[0].data_ptr() if self.written else None
+        let_go(self, written)
+
     copy_grad_norm = core.TorchStepper.copy_grad_norm
 
     def synchronised_copy(self, to):
+        last = stepped_last.get(id(self))
         try:
-            return copy_grad_norm(self, beside(self.written[0], to) if self.written else to)
+            return copy_grad_norm(self, to if last is None else _beside(last, to))
         finally:
             if _is_synchronised:
                 synchronize()
 
     core.TorchStepper.step = synchronised_step
+    core.TorchStepper.let_go = remembering_let_go
     core.TorchStepper.copy_grad_norm = synchronised_copy
     return _load("_cuda_sim", path)
 
@@ -119,7 +127,11 @@ def beside(neighbour, tensor):
     """The tensor where its neighbour is."""
     if not SIMULATED:
         return tensor.to(neighbour.device)
-    return place(tensor, _places.get(neighbour.data_ptr(), home())) if _places else tensor
+    return _beside(neighbour.data_ptr(), tensor)
+
+
+def _beside(address, tensor):
+    return place(tensor, _places.get(address, home())) if _places else tensor
 
 
 def place_state(complete):
