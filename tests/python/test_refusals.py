@@ -70,32 +70,27 @@ def differentiable(optimizer):
     return undo
 
 
-def state_of_another_shape(optimizer):
-    p = params_of(optimizer)[-1]
-    before = dict(optimizer.state[p]) if p in optimizer.state else None
-    optimizer.state[p] = {**(before or {}), "step": torch.tensor(1.0), "exp_avg": torch.zeros(7, dtype=p.dtype)}
+def spoilt_state(of_parameter):
+    """Entries for the last parameter's state, over those that it has."""
 
-    def undo():
-        if before is None:
-            del optimizer.state[p]
-        else:
-            optimizer.state[p] = before
+    def spoil(optimizer):
+        p = params_of(optimizer)[-1]
+        before = dict(optimizer.state[p]) if p in optimizer.state else None
+        optimizer.state[p] = {**(before or {}), **of_parameter(p)}
 
-    return undo
+        def undo():
+            if before is None:
+                del optimizer.state[p]
+            else:
+                optimizer.state[p] = before
+
+        return undo
+
+    return spoil
 
 
-def expanded_state(optimizer):
-    p = params_of(optimizer)[-1]
-    before = dict(optimizer.state[p]) if p in optimizer.state else None
-    optimizer.state[p] = {"momentum_buffer": torch.zeros((), device=p.device).expand(p.shape)}
-
-    def undo():
-        if before is None:
-            del optimizer.state[p]
-        else:
-            optimizer.state[p] = before
-
-    return undo
+state_of_another_shape = spoilt_state(lambda p: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(7, dtype=p.dtype)})
+expanded_state = spoilt_state(lambda p: {"momentum_buffer": torch.zeros((), device=p.device).expand(p.shape)})
 
 
 Case = collections.namedtuple("Case", "rule dtype options spoil error text", defaults=({}, None, None, None))

@@ -46,8 +46,8 @@ FUSESTEP_HD NoiseKey noise_key_from(NoiseKey key, std::int64_t first) {
   return {key.first ^ high * 0x85ebca6bu, key.second ^ high * 0xc2b2ae35u};
 }
 
-/// 16 bits for each of the arrays an element is stored to. Few operations, of 32 bits: they are a
-/// third of what a step of bfloat16 computes. A counter in steps of the golden ratio (as SplitMix
+/// 16 bits for each of the arrays an element is stored to. Few operations, of 32 bits: with them a
+/// step of bfloat16 computes a third more. A counter in steps of the golden ratio (as SplitMix
 /// has it) goes through a mixer (shifts and factors: Ettinger & Wellons, "hash-prospector"), the
 /// high halves of whose multiples are independent of each other.
 struct Noise {
