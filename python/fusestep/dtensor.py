@@ -4,6 +4,10 @@
 
 import sys
 
+import torch
+
+_PLAIN = (type(None), torch.Tensor, torch.nn.Parameter)
+
 
 def dtensor_class():
     """torch's class, or None where nobody has imported it: then no tensor is one."""
@@ -15,6 +19,8 @@ def dtensor_class():
 
 
 def is_dtensor(tensor):
+    if type(tensor) in _PLAIN:
+        return False
     known = dtensor_class()
     return known is not None and isinstance(tensor, known)
 
