@@ -7,13 +7,14 @@ set(FUSESTEP_CUDA_SOURCES
   kernels/apply_sgd.cu
   kernels/backend_cuda.cu)
 target_sources(fusestep PRIVATE ${FUSESTEP_CUDA_SOURCES})
-set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep PROPERTIES
-  COMPILE_OPTIONS "-std=c++20;-fmad=false;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off")
+set(FUSESTEP_CUDA_OPTIONS -std=c++20 -fmad=false --expt-relaxed-constexpr
+  -Xcompiler=-ffp-contract=off)
 # A third of the size. Drivers of earlier major versions cannot unpack it.
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
-  set_property(SOURCE ${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep
-    APPEND PROPERTY COMPILE_OPTIONS --compress-mode=size)
+  list(APPEND FUSESTEP_CUDA_OPTIONS --compress-mode=size)
 endif()
+set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep PROPERTIES
+  COMPILE_OPTIONS "${FUSESTEP_CUDA_OPTIONS}")
 # A program that links the static library needs the CUDA runtime, and no CUDA language of its own.
 target_link_libraries(fusestep PRIVATE CUDA::cudart_static)
 set_target_properties(fusestep PROPERTIES

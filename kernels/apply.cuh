@@ -22,17 +22,26 @@ struct ApplyTables {
   const Control* control;
 };
 
-template <class R, class L>
+template <class R, class L, class Tuning = ApplyTuning<R, L>>
 struct Apply {
   using Real = typename L::Real;
   using Value = typename L::Value;
   using Grad = typename L::Grad;
   using Slot = typename L::Slot;
-  static constexpr int kThreads = ApplyTuning<L>::kThreads;
-  static constexpr int kMinBlocks = ApplyTuning<L>::template kMinBlocks<R>;
-  static constexpr int kWidth = ApplyTuning<L>::kWidth;
-  static constexpr int kVectors = ApplyTuning<L>::template kVectors<R>;
-  static constexpr int kChunk = ApplyTuning<L>::kChunk;
+  static constexpr int kThreads = Tuning::kThreads;
+  static constexpr int kMinBlocks = Tuning::kMinBlocks;
+  static constexpr int kWidth = Tuning::kWidth;
+  static constexpr int kVectors = Tuning::kVectors;
+  static constexpr int kChunk = Tuning::kChunk;
+
+  /// log2 of the blocks for a chunk: enough for all its vectors at once. Chunks of less than
+  /// kChunk elements, of many small tensors, get fewer.
+  static constexpr unsigned blocks_log2_for(std::int64_t elements_per_chunk) {
+    constexpr std::int64_t per_block = std::int64_t{kThreads} * kWidth * kVectors;
+    unsigned log2 = 0;
+    while (per_block << log2 < elements_per_chunk) ++log2;
+    return log2;
+  }
 
   ApplyTables tables;
   unsigned blocks_log2;  // of a chunk

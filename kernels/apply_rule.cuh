@@ -10,11 +10,11 @@
 
 namespace fusestep::detail {
 
-template <class R, class L>
+template <class Body>
 cudaError_t launch_apply(const ApplyTables& tables, unsigned chunks, std::int64_t elements,
                          cudaStream_t stream) {
-  const unsigned log2 = apply_blocks_log2<R, L>((elements + chunks - 1) / chunks);
-  return launch(Apply<R, L>{tables, log2}, chunks << log2, stream);
+  const unsigned log2 = Body::blocks_log2_for((elements + chunks - 1) / chunks);
+  return launch(Body{tables, log2}, chunks << log2, stream);
 }
 
 template <class R>
@@ -22,7 +22,7 @@ void add_kernels_of_rule(ApplyKernel (&kernels)[kLayouts]) {
   Layouts::for_each([&]<int kLayout, class L>() {
     if constexpr (is_compiled<R, L>) {
       using Body = Apply<R, L>;
-      kernels[kLayout] = {launch_apply<R, L>, load_kernel<Body>, Body::kChunk, Body::kWidth};
+      kernels[kLayout] = {launch_apply<Body>, load_kernel<Body>, Body::kChunk, Body::kWidth};
     }
   });
 }

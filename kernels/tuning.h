@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
-#include <type_traits>
 
 #include "fusestep/detail/layout.h"
 
@@ -15,8 +13,8 @@ namespace fusestep::detail {
 
 /// Small blocks whose threads load once, compute and store: where a block goes round a loop
 /// instead, its loads wait for the stores of the round before, and 4 to 12 % of the bandwidth are
-/// lost.
-template <class L>
+/// lost. bench_shapes tries other shapes on the device at hand.
+template <class R, class L>
 struct ApplyTuning {
   static constexpr int kThreads = 128;
   /// Elements of a vector: one 16-byte access of the widest array. Wider vectors would read the
@@ -25,7 +23,6 @@ struct ApplyTuning {
       16 / std::max({sizeof(typename L::Parameter), sizeof(typename L::Value),
                      sizeof(typename L::Grad), sizeof(typename L::Slot)});
   /// Vectors a thread loads before it computes: two, where both fit into 24 registers.
-  template <class R>
   static constexpr int kVectors = [] {
     const std::size_t bytes = kWidth * (sizeof(typename L::Parameter) + sizeof(typename L::Grad) +
                                         R::kSlots * sizeof(typename L::Slot));
@@ -33,23 +30,14 @@ struct ApplyTuning {
   }();
   /// Per multiprocessor. Eight allow 64 registers a thread and seven 72, where eight would spill;
   /// four allow 128, for double arithmetic.
-  template <class R>
-  static constexpr int kMinBlocks = sizeof(typename L::Real) == 8 ? 4 : 9 - kVectors<R>;
+  static constexpr int kMinBlocks = sizeof(typename L::Real) == 8 ? 4 : 9 - kVectors;
   /// Elements of an entry in the table of chunks, which several blocks share.
   static constexpr int kChunk = 4096;
 };
 
-/// log2 of the blocks for a chunk: enough for all its vectors at once. Chunks of less than
-/// kChunk elements, of many small tensors, get fewer.
-template <class R, class L>
-constexpr unsigned apply_blocks_log2(std::int64_t elements_per_chunk) {
-  using Tuning = ApplyTuning<L>;
-  constexpr std::int64_t per_block =
-      std::int64_t{Tuning::kThreads} * Tuning::kWidth * Tuning::template kVectors<R>;
-  unsigned log2 = 0;
-  while (per_block << log2 < elements_per_chunk) ++log2;
-  return log2;
-}
+/// Bytes. What a warp reads by vectors, 256 or 512 bytes, then is whole lines of the cache, of 128.
+inline constexpr std::size_t kCudaAlignment = 256;
+inline constexpr std::size_t kCudaSkew = 5 * kCudaAlignment;
 
 inline constexpr int kPrepareThreads = 128;
 inline constexpr int kNormThreads = 128;

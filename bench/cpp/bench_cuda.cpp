@@ -8,88 +8,16 @@
 #include <benchmark/benchmark.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <map>
-#include <random>
 
+#include "device_time.h"
 #include "options.h"
 #include "workload.h"
 
 namespace fusestep::bench {
 namespace {
-
-constexpr int kRepeats = 25, kWarmUp = 4;
-
-void check(cudaError_t code) {
-  if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
-}
-
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(std::size_t bytes) : bytes_(bytes) { check(cudaMalloc(&data_, bytes)); }
-  ~DeviceBuffer() { cudaFree(data_); }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  char* data() const { return static_cast<char*>(data_); }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_;
-};
-
-/// 4 MiB of random numbers, again and again.
-void fill(DeviceBuffer& buffer, DType dtype) {
-  constexpr std::size_t pattern_bytes = std::size_t{4} << 20;
-  std::vector<char> pattern(pattern_bytes);
-  std::mt19937 random(1);
-  for (std::size_t i = 0; i < pattern_bytes; i += size_of(dtype)) {
-    store_random(random, dtype, pattern.data() + i);
-  }
-  std::size_t done = std::min(pattern_bytes, buffer.bytes());
-  check(cudaMemcpy(buffer.data(), pattern.data(), done, cudaMemcpyHostToDevice));
-  while (done < buffer.bytes()) {
-    const std::size_t more = std::min(done, buffer.bytes() - done);
-    check(cudaMemcpy(buffer.data() + done, buffer.data(), more, cudaMemcpyDeviceToDevice));
-    done += more;
-  }
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-/// Writes more than any L2 cache holds, so that no tensor is still in it.
-void flush_l2() {
-  static const DeviceBuffer scratch(std::size_t{256} << 20);
-  check(cudaMemsetAsync(scratch.data(), 0, scratch.bytes()));
-}
-
-/// Device time of one call in us, the caches cold.
-template <class F>
-double device_us(F&& work, int repeats = kRepeats) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin));
-  check(cudaEventCreate(&end));
-  for (int i = 0; i < kWarmUp; ++i) work();
-  std::vector<double> times;
-  for (int i = 0; i < repeats; ++i) {
-    flush_l2();
-    check(cudaEventRecord(begin));
-    work();
-    check(cudaEventRecord(end));
-    check(cudaEventSynchronize(end));
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, begin, end));
-    times.push_back(ms * 1e3);
-  }
-  check(cudaEventDestroy(begin));
-  check(cudaEventDestroy(end));
-  return median(times);
-}
 
 /// Host time of one call in us, the device kept busy behind it.
 template <class F>
@@ -105,19 +33,6 @@ double host_us(F&& work, int calls = 50) {
   }
   check(cudaDeviceSynchronize());
   return median(times);
-}
-
-/// Bytes read and written per us by a 2 GiB copy: the roof.
-double copy_rate() {
-  static const double rate = [] {
-    constexpr std::size_t bytes = std::size_t{2} << 30;
-    const DeviceBuffer from(bytes), to(bytes);
-    check(cudaMemset(from.data(), 1, bytes));
-    return 2.0 * static_cast<double>(bytes) / device_us([&] {
-             check(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice));
-           });
-  }();
-  return rate;
 }
 
 /// Device time of the prepare launch for so many tensors: a step of empty ones launches nothing

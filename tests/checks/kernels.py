@@ -37,6 +37,7 @@ def short(name):
     name = re.sub(r"fusestep::(detail::)?", "", name)
     match = re.search(r"fusestep_kernel<(.*)>\(", name)
     name = match.group(1).strip() if match else name
+    name = re.sub(r", ApplyTuning<.*", " >", name)
     name = name.replace(", void, (Extra)0", "").replace(", (Extra)0", "")
     return name.replace("(Extra)1", "stochastic").replace("(Extra)2", "stores grad")
 

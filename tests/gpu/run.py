@@ -43,6 +43,7 @@ PARTS = [
 BENCHMARKS = [
     ("bench", 100, "bench_cuda", ["--models=gpt2,resnet152,tiny10k"]),
     ("bench XL", 60, "bench_cuda", ["--models=gpt2_xl", "--rules=adam,sgd,rmsprop_momentum_centered"]),
+    ("bench shapes", 100, "bench_shapes", []),
     ("bench torch", 100, "fusestep", ["--quick"]),
     ("bench torch XL", 120, "fusestep", ["--models=gpt2_xl,resnet152", "--optimizers=adam", "--operations=step,clip"]),
     ("bench torch RMSprop", 60, "fusestep", ["--models=gpt2_xl", "--optimizers=rmsprop_momentum_centered"]),

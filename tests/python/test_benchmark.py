@@ -508,7 +508,7 @@ def test_clocks_of_cuda_in_their_order(monkeypatch):
             return 0.25
 
     cuda = types.SimpleNamespace(Event=Event, synchronize=lambda: events.append("synchronize"))
-    scratch = types.SimpleNamespace(add_=lambda _: events.append("flush"))
+    scratch = types.SimpleNamespace(sum=lambda: events.append("flush"))
     stand_in = types.SimpleNamespace(cuda=cuda, ones=lambda *_, **__: scratch)
     monkeypatch.setattr(devices, "torch", stand_in)
     times = devices.Cuda().sample(lambda: events.append("call"))
