@@ -10,11 +10,10 @@
 namespace fusestep::detail {
 namespace {
 
-/// Elements. 64 bytes of the smallest dtype: vector accesses start with every parameter.
-constexpr std::int64_t kFlatAlignment = 32;
-
-std::int64_t room_for(std::int64_t elements) {
-  return (elements + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
+/// Elements, with those up to where the next parameter is aligned in arrays of the smallest dtype.
+std::int64_t room_for(std::int64_t elements, Backend::Placement placement) {
+  const auto unit = static_cast<std::int64_t>(placement.alignment / size_of(DType::kBFloat16));
+  return (elements + unit - 1) / unit * unit;
 }
 
 char* place(char* buffer, std::int64_t begin, DType dtype) {
@@ -64,7 +63,7 @@ void Engine::plan_place(int index) {
   }
   parameter.flat_begin = (*flat)->size;
   (*flat)->parameters.push_back(index);
-  (*flat)->size += room_for(parameter.size);
+  (*flat)->size += room_for(parameter.size, device_of(parameter).backend->placement());
 }
 
 void Engine::move_to(FlatRecord& flat) {

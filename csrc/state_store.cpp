@@ -8,25 +8,23 @@
 namespace fusestep::detail {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kPage = 4096;
-/// Arrays that one loop walks through must not start at the same place of a page: their elements
-/// would fall into the same sets of the first-level cache. See "Slots" in docs/performance.md.
-constexpr std::size_t kSkew = 17 * kAlignment;
-/// Smaller ones stay in the cache together, and would waste memory.
+/// Bytes. Smaller arrays stay in the cache together, and would waste memory.
 constexpr std::size_t kSkewedFrom = std::size_t{256} << 10;
 
+/// `unit`: a power of two.
 constexpr std::size_t round_up(std::size_t bytes, std::size_t unit) {
-  return (bytes + unit - 1) / unit * unit;
+  return (bytes + unit - 1) & ~(unit - 1);
 }
 
 std::size_t bytes_of(const StateStore::Wanted& wanted) {
   return static_cast<std::size_t>(wanted.parameter->size) * size_of(wanted.slot.dtype);
 }
 
-std::size_t padded_bytes(const StateStore::Wanted& wanted) {
+std::size_t padded_bytes(const StateStore::Wanted& wanted, Backend::Placement placement) {
   const std::size_t bytes = bytes_of(wanted);
-  return bytes < kSkewedFrom ? round_up(bytes, kAlignment) : round_up(bytes, kPage) + kSkew;
+  return bytes < kSkewedFrom ? round_up(bytes, placement.alignment)
+                             : round_up(bytes, kPage) + placement.skew;
 }
 
 const Slot* find_spare(const StateStore::Wanted& wanted) {
@@ -103,12 +101,12 @@ void StateStore::place(Wanted& wanted, std::size_t arenas_before, void* stream) 
                                         size_of(buffer->dtype);
 }
 
-/// Each of the buffers that one loop walks through starts at another place of a page.
 char* StateStore::allocate_buffer(const FlatRecord& flat, DType dtype, std::size_t position,
                                   void* stream) {
   const std::size_t bytes = static_cast<std::size_t>(flat.size) * size_of(dtype);
-  const std::size_t skew = bytes < kSkewedFrom ? 0 : position * kSkew;
-  const std::size_t all = std::max(bytes + skew, kAlignment);  // of empty tensors too
+  const Backend::Placement placement = backend_.placement();
+  const std::size_t skew = bytes < kSkewedFrom ? 0 : position * placement.skew;
+  const std::size_t all = std::max(bytes + skew, placement.alignment);  // of empty tensors too
   arenas_.reserve(arenas_.size() + 1);
   char* const data = static_cast<char*>(backend_.allocate(all, stream));
   arenas_.push_back({data, all});
@@ -132,8 +130,9 @@ void StateStore::allocate_arena(Growth& growth, DType dtype, void* stream) {
   const auto needs_memory = [&](const Wanted& w) {
     return !w.spare && !w.placed && w.slot.dtype == dtype;
   };
+  const Backend::Placement placement = backend_.placement();
   std::size_t bytes = 0;
-  for (const Wanted& w : growth.slots) bytes += needs_memory(w) ? padded_bytes(w) : 0;
+  for (const Wanted& w : growth.slots) bytes += needs_memory(w) ? padded_bytes(w, placement) : 0;
   char* next = nullptr;
   if (bytes != 0) {
     arenas_.reserve(arenas_.size() + 1);
@@ -143,7 +142,7 @@ void StateStore::allocate_arena(Growth& growth, DType dtype, void* stream) {
   for (Wanted& w : growth.slots) {
     if (!needs_memory(w)) continue;
     w.slot.data = next;
-    next += padded_bytes(w);
+    next += padded_bytes(w, placement);
   }
 }
 

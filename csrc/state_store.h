@@ -30,9 +30,9 @@ class StateStore {
     std::vector<Wanted> slots;
     std::size_t arenas_before = 0;
   };
-  /// Gives every wanted slot zeroed memory, 64-byte aligned, all of one dtype in one allocation,
-  /// and adds it to its parameter; memory that lies idle is used first. Throws OutOfMemory and
-  /// changes nothing.
+  /// Gives every wanted slot zeroed memory where the backend's placement has it, all of one dtype
+  /// in one allocation, and adds it to its parameter; memory that lies idle is used first. Throws
+  /// OutOfMemory and changes nothing.
   Growth grow(std::vector<Wanted> wanted, void* stream);
   /// Takes the latest growth back.
   void undo(const Growth& growth, void* stream) noexcept;

@@ -153,6 +153,7 @@ class CudaBackend final : public Backend {
 
   int chunk_size(int layout) const override { return apply_kernels().of[0][layout].chunk; }
   int vector_width(int layout) const override { return apply_kernels().of[0][layout].width; }
+  Placement placement() const override { return {kCudaAlignment, kCudaSkew}; }
 
   unsigned long long capture_of(void* stream) override {
     check_process();

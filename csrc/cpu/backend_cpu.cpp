@@ -22,6 +22,7 @@ class CpuBackend final : public Backend {
  public:
   int chunk_size(int) const override { return kCpuChunk; }
   int vector_width(int) const override { return 1; }
+  Placement placement() const override { return {kCpuAlignment, kCpuSkew}; }
 
   void* allocate(std::size_t bytes, void*) override {
     void* data = allocate_zeroed(bytes);

@@ -22,9 +22,10 @@ from . import freezing
 from ._core import InvalidArgument
 from .dtensor import is_dtensor
 
-# Elements. 64 bytes of the smallest dtype: vector accesses start with every parameter.
-_ALIGNMENT = 32
-# As csrc/state_store.cpp: arrays of one loop must not start at the same place of a page.
+# As csrc/state_store.cpp, csrc/cpu/tuning.h and kernels/tuning.h have it. Elements of which parameters begin at a
+# multiple: 64 bytes of the smallest dtype, 256 on CUDA.
+_ALIGNMENT = {"cpu": 32, "cuda": 128}
+# Bytes. Arrays of one loop must not start at the same place of a page.
 _PAGE, _SKEW, _SKEWED_FROM = 4096, 1088, 256 << 10
 
 _flattened: weakref.WeakSet[Flat] = weakref.WeakSet()
@@ -82,10 +83,11 @@ class FlatBuffer:
         self.offsets: list[int] = []
         self.slots: dict[str, torch.Tensor] = {}
         self._layouts = [(p.shape, p.stride()) for p in params]
+        alignment = _ALIGNMENT[params[0].device.type]
         self._size = 0
         for p in params:
             self.offsets.append(self._size)
-            self._size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+            self._size += -(-p.numel() // alignment) * alignment
         self._grad_dtype = grad_dtype
         self.values = self._new(params[0].dtype, params[0].device, 0)
         self.grads_as_they_are = self._new(grad_dtype, params[0].device, 1) if with_grads else None
@@ -426,7 +428,7 @@ class Flat:
             self.is_remembered
             and type(optimizer.state) is _States
             and optimizer.state.watcher is self
-            and self._stepper.is_unchanged(optimizer.param_groups, stores, not self.trusts)
+            and optimizer._stepper.is_unchanged(optimizer.param_groups, stores, not self.trusts)
         )
 
     def remember(self) -> None:
@@ -434,7 +436,7 @@ class Flat:
         optimizer = self._optimizer()
         if type(optimizer.state) is not _States or optimizer.state.watcher is not self:
             optimizer.state = _States(optimizer.state, self)
-        self.is_remembered = optimizer.state.are_watched() and self._stepper.remember(
+        self.is_remembered = optimizer.state.are_watched() and optimizer._stepper.remember(
             optimizer.param_groups, self._expected(), optimizer.state
         )
 

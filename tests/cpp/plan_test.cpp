@@ -28,6 +28,7 @@ class PaperBackend final : public Backend {
   explicit PaperBackend(int chunk, int width = 1) : chunk_(chunk), width_(width) {}
   int chunk_size(int) const override { return chunk_; }
   int vector_width(int) const override { return width_; }
+  Placement placement() const override { return {64, 128}; }
   void* allocate(std::size_t bytes, void*) override {
     if (bytes > limit) throw OutOfMemory("too much");
     allocated.push_back(bytes);

@@ -112,6 +112,33 @@ TEST_F(FlatOnDevice, StepAsOthersDoForEveryRuleAndLayout) {
   }
 }
 
+/// Small and large, plain and flat: what a warp reads is whole lines then.
+TEST_F(FlatOnDevice, HaveStateThatBeginsAtLinesOfTheCacheAsThatOfOthers) {
+  std::vector<GroupSpec> groups;
+  for (const LayoutCase& layout : all_layout_cases()) {
+    if (layout.stores_grads) continue;
+    groups.push_back({layout.name, AdamHyper{}, layout, {{5}, {150'001}, {0}, {33}}});
+  }
+  Triplets all(groups);
+  all.cuda.step();
+  all.flat.step();
+  const auto expect_aligned = [](const TensorView& memory, const std::string& what) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory.data) % 256, 0u) << what;
+  };
+  for (const GroupRef& group : all.flat.groups()) {
+    for (const ParameterRef& p : group.parameters()) {
+      expect_aligned(p.value(), p.name());
+      expect_aligned(p.grad(), p.name());
+      for (Optimizer* optimizer : {&all.cuda, &all.flat}) {
+        const StateRef state = optimizer->state(p.name());
+        for (const std::string& slot : state.slot_names()) {
+          expect_aligned(state.slot(slot), slot + " of " + p.name());
+        }
+      }
+    }
+  }
+}
+
 /// What is enqueued before is what is moved; what is enqueued behind sees it moved.
 TEST_F(FlatOnDevice, AreMadeInTheOrderOfTheStream) {
   const OwnStream stream;

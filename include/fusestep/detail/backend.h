@@ -26,6 +26,14 @@ class Backend {
   virtual int chunk_size(int layout) const = 0;
   virtual int vector_width(int layout) const = 0;
 
+  /// Where arrays of state begin, in bytes. Each starts at a multiple of `alignment` (a power of
+  /// two); of arrays that one loop walks through, large ones start `skew` further into their pages
+  /// than the one before.
+  struct Placement {
+    std::size_t alignment, skew;
+  };
+  virtual Placement placement() const = 0;
+
   /// The CUDA graph that the stream is being captured into; 0 if it is not.
   virtual unsigned long long capture_of(void*) { return 0; }
   /// A step was captured: it may run at any time from now on.
