@@ -214,6 +214,27 @@ void bind_array_optimizer(py::module_& m) {
           py::arg("name"), py::arg("slot"));
 }
 
+/// Null while the object is made.
+TorchStepper* stepper_of(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? static_cast<TorchStepper*>(held.value_ptr()) : nullptr;
+}
+
+/// A parameter may refer to its optimizer.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    TorchStepper* const stepper = stepper_of(self);
+    return stepper == nullptr ? 0 : stepper->visit(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (TorchStepper* const stepper = stepper_of(self)) stepper->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 }  // namespace fusestep::bindings
 
@@ -267,7 +288,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_array_optimizer(m);
   bind_state_files(m);
-  py::class_<TorchStepper>(m, "TorchStepper")
+  py::class_<TorchStepper>(m, "TorchStepper", py::custom_type_setup(&make_collectable))
       .def(py::init<std::string, py::object>(), py::arg("rule"), py::arg("tensor_type"))
       .def("gather", &TorchStepper::gather, py::arg("groups"), py::arg("state"), py::arg("dtensor"),
            py::arg("writes_grads"))

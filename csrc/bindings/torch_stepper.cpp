@@ -557,6 +557,34 @@ void TorchStepper::forget() {
   held_.clear();
 }
 
+int TorchStepper::visit(visitproc visit, void* arg) const {
+  Py_VISIT(written_.ptr());
+  for (const py::object& grad : grads_) Py_VISIT(grad.ptr());
+  for (const py::object& lr : lr_tensors_) Py_VISIT(lr.ptr());
+  for (const Known::Held& held : held_) {
+    Py_VISIT(held.tensor.ptr());
+    Py_VISIT(held.alias.ptr());
+  }
+  for (const Known& known : known_) {
+    Py_VISIT(known.params.ptr());
+    for (const Known::Place& place : known.places) {
+      Py_VISIT(place.value.tensor.ptr());
+      Py_VISIT(place.grad.ptr());
+      if (place.seen_grad) Py_VISIT(place.seen_grad->tensor.ptr());
+    }
+  }
+  return 0;
+}
+
+/// Objects go when nothing here names them any more: what they refer to may ask for a step.
+void TorchStepper::clear() {
+  const auto known = std::exchange(known_, {});
+  const auto held = std::exchange(held_, {});
+  const auto lr_tensors = std::exchange(lr_tensors_, {});
+  const auto grads = std::exchange(grads_, {});
+  const auto written = std::exchange(written_, py::list());
+}
+
 bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool looks_at_all) {
   steps_again_ = false;
   if (known_.empty() || groups.size() != known_.size() || writes_grads != writes_grads_) {

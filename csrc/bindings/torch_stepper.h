@@ -81,6 +81,11 @@ class TorchStepper {
   /// written.
   void let_go(bool written);
 
+  /// For Python's garbage collector: the tensors that live as long as this, which may refer back to
+  /// their optimizer; and letting go of them, after which the next step looks at everything.
+  int visit(visitproc visit, void* arg) const;
+  void clear();
+
   /// Tensors whose values the step writes: what autograd has to be told of.
   const pybind11::list& written() const { return written_; }
 

@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -222,6 +223,18 @@ def test_values_outlive_what_made_them():
     torch.full((100, 200), 7.0), torch.full((5,), 7.0)
     for p, value in zip(parameters, values, strict=True):
         assert torch.equal(p, value)
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+def test_a_parameter_may_refer_to_its_optimizer(trusts):
+    mine, plain = pair("Adam", trusts)
+    train(mine, plain)
+    parameters = params_of(mine)
+    parameters[0].optimizer = mine
+    gone = [weakref.ref(one) for one in (mine, *parameters)]
+    parameters, mine = None, None
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
 
 
 @pytest.mark.only_on("cpu", reason="memory that processes share")
