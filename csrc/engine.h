@@ -47,7 +47,9 @@ struct DeviceRecord {
   std::vector<MemoryRange> ranges;  // values and slots, sorted
   bool ranges_are_known = false;
 
+  /// Whoever is not in the plan comes into it with the gradient of that time.
   void note_moved_grad(ParameterRecord& parameter, int parameter_index) {
+    if (parameter.row < 0) return;
     if (!parameter.grad_moved) changed_grads.push_back(parameter_index);
     parameter.grad_moved = true;
   }

@@ -183,7 +183,7 @@ void Engine::set_grad(int index, const TensorView& grad) {
   }
   const bool steps_before = parameter.steps();
   // One that does not step now may still be in the plan, with the gradient it had when it did.
-  const bool moved = steps_before ? grad.data != parameter.grad.data : parameter.row >= 0;
+  const bool moved = !steps_before || grad.data != parameter.grad.data;
   const bool other_dtype = grad.present && grad.dtype != parameter.grad.dtype;
   DeviceRecord& device = device_of(parameter);
   if (grad.present && moved) device.note_moved_grad(parameter, index);
