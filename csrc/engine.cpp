@@ -112,11 +112,22 @@ void Engine::list_working_devices() {
             [](const auto* a, const auto* b) { return a->device < b->device; });
 }
 
+/// A norm asks nothing of kernels, so a plan that is made for it is of a step that stores nothing:
+/// there is one for every layout.
+void Engine::choose_kernels_for_norm() {
+  for (const auto& device : devices_) {
+    if (!device->stores_grads || !plan_is_stale(*device)) continue;
+    device->stores_grads = false;
+    device->members_changed = true;
+  }
+}
+
 GradNorm Engine::grad_norm(std::span<const Stream> streams) {
   refuse_if_broken();
   check({.streams = streams});
   refuse_in_capture("grad_norm()", streams);
   list_working_devices();
+  choose_kernels_for_norm();
   const DefaultFpEnvironment environment;
   NormSum total;
   keep_growth_if(streams, [&] {

@@ -163,6 +163,7 @@ class Engine {
   void check_no_overlap(DeviceRecord& device) const;
   void list_working_devices();
   void choose_kernels(const StepOptions& options);
+  void choose_kernels_for_norm();
   /// The slots that it has made are taken back where it fails.
   template <class F>
   void keep_growth_if(std::span<const Stream> streams, F&& succeeds);

@@ -23,6 +23,7 @@ TensorView Engine::norm_begin(Device device, std::span<const Stream> streams) {
     throw InvalidArgument("norm_begin(): no parameter that steps lives on " + to_string(device) +
                           ", but on " + to_string(working_.front()->device));
   }
+  choose_kernels_for_norm();
   keep_growth_if(streams, [&] {
     refresh(streams, static_cast<int>(working_.size()));
     on_device([&] {

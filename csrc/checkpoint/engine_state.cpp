@@ -379,7 +379,7 @@ void EngineLoader::transfer(StateSource& source) {
   for (const Transfer& t : transfers_) {
     std::byte* next = memory_of(t);
     if (t.saved < 0) {
-      write(t, next, nullptr, static_cast<std::size_t>(record(t.here).size) * size_of(t.to));
+      make_up(t, next);
       continue;
     }
     // Not over what is there: the first piece that arrives must be noticed.
@@ -399,16 +399,27 @@ void EngineLoader::transfer(StateSource& source) {
   }
 }
 
-/// `from` is null for zeros.
+/// What was not saved is as if it were made now: zero, and a master weight its parameter.
+void EngineLoader::make_up(const Transfer& transfer, std::byte* to) {
+  const ParameterRecord& parameter = record(transfer.here);
+  if (parameter.size == 0) return;
+  DeviceRecord& device = device_of(transfer.here);
+  overwriting_ = true;
+  engine_.on_device([&] {
+    if (transfer.name == kMasterWeight) {
+      return engine_.fill_master(parameter, parameter.slot(kMasterWeight), stream_for(device));
+    }
+    const auto bytes = static_cast<std::size_t>(parameter.size) * size_of(transfer.to);
+    device.backend->clear(to, bytes, stream_for(device));
+  });
+}
+
 void EngineLoader::write(const Transfer& transfer, std::byte* to, const void* from,
                          std::size_t bytes) {
   if (bytes == 0) return;
   DeviceRecord& device = device_of(transfer.here);
   overwriting_ = overwriting_ || transfer.in_place;
-  engine_.on_device([&] {
-    if (from == nullptr) return device.backend->clear(to, bytes, stream_for(device));
-    device.backend->write(to, from, bytes, stream_for(device));
-  });
+  engine_.on_device([&] { device.backend->write(to, from, bytes, stream_for(device)); });
 }
 
 void EngineLoader::commit(Metadata& metadata) noexcept {
@@ -424,7 +435,7 @@ void EngineLoader::commit(Metadata& metadata) noexcept {
     to.frozen = parameter.frozen;
     to.kept.swap(parameter.kept);
     // A slot that was not saved has no contents any more; its memory waits for the next step. The
-    // caller's stays in use and is zero.
+    // caller's stays in use: make_up() has filled it.
     const auto stays = [&](const Slot& slot) {
       return slot.bound || std::find(parameter.slots.begin(), parameter.slots.end(), slot.name) !=
                                parameter.slots.end();

@@ -78,6 +78,7 @@ class EngineLoader {
   void make_room_and_transfer(StateSource& source);
   void give_room_back() noexcept;
   void transfer(StateSource& source);
+  void make_up(const Transfer& transfer, std::byte* to);
   void write(const Transfer& transfer, std::byte* to, const void* from, std::size_t bytes);
   void end_use(const std::exception& error) noexcept;
   void commit(Metadata& metadata) noexcept;

@@ -234,7 +234,7 @@ class Flat:
 
     def let_go(self) -> None:
         """Parameters that have left the groups get gradients of their own."""
-        if self.is_remembered and self._stepper.holds_same(self._optimizer().param_groups):
+        if self._holds_same():
             return
         members = {id(p) for p in self._params()}
         for p in [p for p in self._places if id(p) not in members]:
@@ -245,6 +245,10 @@ class Flat:
                 if p.grad is not None:
                     with torch.no_grad():
                         p.grad = self._apart(p.grad)
+
+    def _holds_same(self):
+        """Whether the groups hold the parameters of the last step."""
+        return self.is_remembered and self._stepper.holds_same(self._optimizer().param_groups)
 
     # ---- gradients -----------------------------------------------------------------------------
 
@@ -305,7 +309,7 @@ class Flat:
 
     def _await(self, p):
         """Autograd puts a first gradient elsewhere: it is to be in its place before the buffer is reduced."""
-        if p.requires_grad and p not in self._awaited:
+        if p.requires_grad and p in self._places and p not in self._awaited:
             self._places[p][0].make_grads()  # now: backward passes may have several threads
             self._awaited[p] = _FirstGradient(self, p)
 
@@ -342,7 +346,7 @@ class Flat:
                 if buffer.grads_as_they_are is not None:
                     buffer.grads_as_they_are.zero_()
             self._unused.clear()
-            for p in [] if self.trusts else self._strays():
+            for p in [] if self.trusts and self._holds_same() else self._strays():
                 if set_to_none:
                     p.grad = None
                     self._await(p)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import precision
 from ._core import InvalidArgument
 from .names import Names, listed, names_of, parameters_of
 
@@ -153,10 +154,12 @@ class _Regrouping:
         for scheduler in self.schedulers:
             if scheduler.optimizer is not self.optimizer:
                 raise InvalidArgument(f"the {type(scheduler).__name__} is of another optimizer")
-        for _, _, new in self.moving:
-            refuse_wrong_values(self.optimizer, {**new, **self.settings})
+        changed = [(index, {**new, **self.settings}) for index, _, new in self.moving]
         if self.unheld:
-            refuse_wrong_values(self.optimizer, {**self.optimizer.defaults, **self.settings})
+            changed.append((len(self.groups), {**self.optimizer.defaults, **self.settings, "params": self.unheld}))
+        for index, group in changed:
+            refuse_wrong_values(self.optimizer, group)
+            precision.check_group(group, f"group {index}")
 
     def _group_of_unheld(self, names):
         new = {**self.optimizer.defaults, **self.settings, "params": self.unheld}
@@ -175,21 +178,35 @@ class _Regrouping:
             group["initial_lr"] = _copied(self.settings["lr"])
 
     def apply(self):
+        before = [dict(group) for group in self.groups]
+        try:
+            told = self._regroup()
+        except BaseException:  # of add_param_group, which may still refuse
+            del self.groups[len(before) :]
+            for group, own in zip(self.groups, before, strict=True):
+                group.clear()
+                group.update(own)
+            raise
+        for scheduler in self.schedulers:
+            for source, index, lr in told:
+                _tell(scheduler, source, index, lr)
+
+    def _regroup(self):
+        """What schedulers are to be told: group that it came from, group, learning rate."""
+        told = []
         if self.added is not None:
-            self.optimizer.add_param_group(self.added)  # first: the only one that may still refuse
-            self._tell(0, len(self.groups) - 1, self.added["lr"])
+            self.optimizer.add_param_group(self.added)
+            told.append((0, len(self.groups) - 1, self.added["lr"]))
         for index, stay, new in self.moving:
+            now = index
             if stay["params"]:
                 self.groups[index].update(stay)
                 self.optimizer.add_param_group(new)
-                self._tell(index, len(self.groups) - 1, self.settings.get("lr"))
+                now = len(self.groups) - 1
             else:
                 self.groups[index].update(new)
-                self._tell(index, index, self.settings.get("lr"))
-
-    def _tell(self, source, index, lr):
-        for scheduler in self.schedulers:
-            _tell(scheduler, source, index, lr)
+            told.append((index, now, self.settings.get("lr")))
+        return told
 
 
 def _split(group, chosen):
@@ -225,7 +242,8 @@ def _tell(scheduler, source, index, lr):
         _tell(inner, source, index, lr)
     for name in _PER_GROUP:
         values = getattr(scheduler, name, None)
-        if isinstance(values, list):
+        knows = isinstance(values, list) and source < len(values) >= index  # it may be older than a group
+        if knows:
             value = _copied(lr if lr is not None and name in _RATES else values[source])
             values[index : index + 1] = [value]
 

@@ -292,8 +292,8 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
                         continue
                     if grad.requires_grad:
                         grad.requires_grad_(False) if grad.grad_fn is None else grad.detach_()
-                    if type(grad) is not torch.Tensor or grad.is_sparse:
-                        grad.zero_()  # a DTensor cannot be in one call with others
+                    if type(grad) is not torch.Tensor or grad.is_sparse or grad.is_neg() or grad.is_conj():
+                        grad.zero_()  # these cannot be in one call with others
                     elif grad.is_cpu:
                         alike.setdefault(None, []).append(grad)
                     else:

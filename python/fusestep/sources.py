@@ -128,7 +128,8 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8)
+    flat = tensor.reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element may have any stride
 
 
 def pieces_of(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -477,6 +477,44 @@ TEST(LossScale, GradientsThatCannotBeStoredAreRefusedBeforeAnythingHappens) {
   }
 }
 
+TEST(LossScale, ANormCanBeTakenOfGradientsThatCannotBeStoredAfterOthersWere) {
+  for (const bool in_halves : {false, true}) {
+    Tensor single(kF32, kF32, 4), wide(kF64, kF64, 4);
+    Optimizer optimizer, control;
+    optimizer.add_group("a", SgdHyper{}, {single.as("s")});
+    optimizer.step({.store_unscaled_grads = true});
+    optimizer.add_group("b", SgdHyper{}, {wide.as("w")});
+    control.add_group("a", SgdHyper{}, {single.as("s")});
+    control.add_group("b", SgdHyper{}, {wide.as("w")});
+    const double norm = control.grad_norm().norm;
+    if (in_halves) {
+      EXPECT_NO_THROW(optimizer.norm_begin());
+    } else {
+      EXPECT_EQ(optimizer.grad_norm().norm, norm);
+    }
+  }
+}
+
+/// The caller's memory for it stays in use.
+TEST(MasterWeights, ThatALoadLacksAreTheParameters) {
+  for (const bool by_name : {false, true}) {
+    Tensor tensor(kBf16, kBf16, 70);
+    Array master(kF32, 70, 3);
+    Optimizer optimizer;
+    optimizer.add_group("g", SgdHyper{.lr = 0.5}, {tensor.as("p")}, {.master_weights = true});
+    const StateDict never_stepped = optimizer.state_dict();
+    master.fill([&](std::uint64_t i) { return tensor.value.get(static_cast<std::int64_t>(i)); });
+    optimizer.state("p").bind_slot(kMasterWeight, master.view());
+    optimizer.step();
+    if (by_name) {
+      EXPECT_TRUE(optimizer.load(never_stepped).complete());
+    } else {
+      optimizer.load_state_dict(never_stepped);
+    }
+    for (std::int64_t i = 0; i < 70; ++i) EXPECT_EQ(master.get(i), tensor.value.get(i)) << i;
+  }
+}
+
 // --- clipping by value ------------------------------------------------------------------------
 
 /// torch.nn.utils.clip_grad_value_, after clipping by norm.

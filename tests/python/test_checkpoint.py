@@ -373,6 +373,17 @@ def test_names_of_a_plain_torch_checkpoint(name, form, tmp_path):
             assert torch.equal(optimizer.state[p][slot], value)
 
 
+def test_state_of_one_element_with_a_stride(name, tmp_path):
+    p = torch.nn.Parameter(torch.zeros(1, 2)[..., 1])
+    optimizer = support.ours(name)([p], lr=0.1, **support.FULLEST[name])
+    p.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.save(tmp_path / "file", values=True)
+    other = support.ours(name)([torch.nn.Parameter(torch.zeros(1))], lr=0.1, **support.FULLEST[name])
+    assert other.load(tmp_path / "file").complete
+    assert torch.equal(other.param_groups[0]["params"][0], p)
+
+
 def test_names_given_to_save_and_load(name, tmp_path):
     """An optimizer that was made of parameters knows no names: the model does."""
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))

@@ -226,6 +226,28 @@ def test_values_outlive_what_made_them():
 
 
 @pytest.mark.parametrize("trusts", [False, True])
+def test_zero_grad_of_parameters_that_came_past_the_optimizer(trusts):
+    mine, plain = pair("SGD", trusts)
+    train(mine, plain)
+    for way in ("appended", "replaced", "taken out", "put back"):
+        if way == "taken out":
+            out = [optimizer.param_groups[0]["params"].pop(0) for optimizer in (mine, plain)]
+        elif way == "put back":
+            for optimizer, p in zip((mine, plain), out, strict=True):
+                optimizer.param_groups[0]["params"].append(p)
+        else:
+            (new,) = support.tensors((4,))
+            for optimizer, p in zip((mine, plain), (new, *support.twins([new])), strict=True):
+                members = optimizer.param_groups[0]["params"]
+                members[len(members) - (way == "replaced") :] = [p]
+        for set_to_none in (True, False):
+            train(mine, plain)
+            assert_same(mine, plain)
+            mine.zero_grad(set_to_none)
+            assert all(p.grad is None or not p.grad.any() for p in params_of(mine)), way
+
+
+@pytest.mark.parametrize("trusts", [False, True])
 def test_a_parameter_may_refer_to_its_optimizer(trusts):
     mine, plain = pair("Adam", trusts)
     train(mine, plain)

@@ -357,6 +357,61 @@ def test_refused_settings_change_nothing(case):
     assert described(optimizer) == before and trained(model) == HEAD
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({"state_dtype": torch.float32}, {"state_dtype": torch.float16}),
+        ({"state_dtype": torch.bfloat16}, {"differentiable": True}),
+        ({"rounding": "stochastic", "seed": 1}, {"seed": -1}),
+        ({"rounding": "stochastic", "seed": 1}, {"rounding": "up"}),
+    ],
+)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_refused_options_change_nothing(options, settings, flat, whole):
+    p, q = support.tensors((3,), (4,))
+    optimizer = fusestep.optim.Adam([p, q], **options)
+    if flat:
+        fusestep.optim.flatten(optimizer)
+    p.requires_grad_(False)
+    groups = described(optimizer)
+    with pytest.raises(fusestep.InvalidArgument):
+        optimizer.thaw([p, q] if whole else [p], **settings)
+    assert described(optimizer) == groups
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(p), id(q)]
+    assert not p.requires_grad
+
+
+def test_a_group_that_add_param_group_refuses_changes_nothing(monkeypatch):
+    p, q, new = support.tensors((3,), (4,), (5,))
+    optimizer = fusestep.optim.SGD([p, q], lr=1.0)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    before, rates = described(optimizer), list(scheduler.base_lrs)
+    adds = optimizer.add_param_group
+
+    def add(group):
+        if group["params"][0] is p:
+            raise MemoryError
+        adds(group)
+
+    monkeypatch.setattr(optimizer, "add_param_group", add)
+    with pytest.raises(MemoryError):
+        thaw([new, p], optimizer=optimizer, lr=0.5, scheduler=scheduler)
+    assert described(optimizer) == before and scheduler.base_lrs == rates
+
+
+def test_a_scheduler_that_is_older_than_a_group():
+    p, q, r = support.tensors((3,), (4,), (5,))
+    optimizer = fusestep.optim.SGD([p], lr=1.0)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    optimizer.add_param_group({"params": [q, r], "lr": 1.0, "initial_lr": 1.0})
+    scheduler.step()
+    thaw(q, optimizer=optimizer, weight_decay=0.1, scheduler=scheduler)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0.1]
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25] * 3
+
+
 def test_refused_parameters_change_nothing():
     model, optimizer = make("AdamW")
     freeze(model)

@@ -717,6 +717,15 @@ def test_zero_grad_is_one_call_for_alike_gradients(name, monkeypatch):
         assert (p.grad._version > version) == (q.grad._version > torchs_version)
 
 
+def test_zero_grad_of_memory_that_stands_for_its_negative(name):
+    p, q = support.tensors((3,), (3,))
+    optimizer = support.ours(name)([p, q])
+    p.grad, q.grad = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag, torch.ones(3)
+    assert p.grad.is_neg()
+    optimizer.zero_grad(set_to_none=False)
+    assert not p.grad.any() and not q.grad.any()
+
+
 def test_zero_grad_after_pickling(name):
     mine = pickle.loads(pickle.dumps(make_pair(name)[0]))
     support.set_grads(params_of(mine), seed=0)
