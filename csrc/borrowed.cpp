@@ -299,7 +299,8 @@ void Engine::rebind(int index, const BorrowedTensor& tensor) {
   };
   const bool only_grad = tensor.steps && parameter.steps() && tensor.buffer_filled &&
                          parameter.value.data == tensor.value &&
-                         parameter.step_tensor == tensor.step_tensor && same_slots();
+                         parameter.step_tensor == tensor.step_tensor &&
+                         parameter.step_is_double == tensor.step_is_double && same_slots();
   if (only_grad) {
     if (parameter.grad.data != tensor.grad) device.note_moved_grad(parameter, index);
     parameter.grad.data = tensor.grad;

@@ -86,9 +86,9 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
 def has_overlap(grad: torch.Tensor) -> bool:
     """Of an expanded tensor, elements are one in memory."""
     grad = local(grad)
-    return grad.layout is torch.strided and any(
-        stride == 0 and extent > 1 for stride, extent in zip(grad.stride(), grad.shape, strict=True)
-    )
+    if grad.layout is not torch.strided or grad.numel() == 0:
+        return False
+    return any(stride == 0 and extent > 1 for stride, extent in zip(grad.stride(), grad.shape, strict=True))
 
 
 def _apart(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

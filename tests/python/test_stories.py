@@ -717,6 +717,39 @@ def test_zero_grad_is_one_call_for_alike_gradients(name, monkeypatch):
         assert (p.grad._version > version) == (q.grad._version > torchs_version)
 
 
+def test_state_without_elements_is_not_expanded():
+    """A stride of 0 makes no two of its elements one; the gradient's memory makes the step copy."""
+    p, q = torch.nn.Parameter(torch.empty(3, 0).t()), torch.nn.Parameter(torch.ones(2))
+    optimizer = support.ours("Adam")([p, q])
+    p.grad, q.grad = torch.empty(0, 3), torch.ones(2)
+    optimizer.step()
+    for slot in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[p][slot] = torch.empty(0, 3).as_strided((0, 3), (1, 0))
+    p.grad = torch.empty(0, 3, dtype=torch.complex64).conj().imag
+    before = q.detach().clone()
+    optimizer.step()
+    assert not torch.equal(q, before) and optimizer.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_a_step_count_of_another_dtype_at_the_same_address(first):
+    memory = torch.zeros(1, dtype=torch.float64)
+    views = {torch.float32: memory.view(torch.float32)[0], torch.float64: memory[0]}
+    (p,) = support.tensors((3,))
+    (q,) = support.twins([p])
+    optimizer, twin = support.ours("Adam")([p]), support.ours("Adam")([q])
+    for dtype, count in ((first, 1.0), (torch.float64 if first == torch.float32 else torch.float32, 1000.0)):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        for one in (optimizer, twin):
+            one.step()
+        optimizer.state[p]["step"] = views[dtype].fill_(count)
+        twin.state[q]["step"] = torch.tensor(count)
+        for one in (optimizer, twin):
+            one.step()
+        assert views[dtype].item() == count + 1
+        assert torch.equal(p, q)
+
+
 def test_zero_grad_of_memory_that_stands_for_its_negative(name):
     p, q = support.tensors((3,), (3,))
     optimizer = support.ours(name)([p, q])
