@@ -340,13 +340,15 @@ class Flat:
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One memset for every buffer; what is not in one is cleared as torch does it."""
-        self.let_go()
+        are_same = self._holds_same()
+        if not are_same:
+            self.let_go()
         with torch.no_grad():
             for buffer in self.buffers:
                 if buffer.grads_as_they_are is not None:
                     buffer.grads_as_they_are.zero_()
             self._unused.clear()
-            for p in [] if self.trusts and self._holds_same() else self._strays():
+            for p in [] if self.trusts and are_same else self._strays():
                 if set_to_none:
                     p.grad = None
                     self._await(p)
