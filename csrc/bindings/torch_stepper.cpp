@@ -106,6 +106,13 @@ PyObject* state_of(PyObject* states, PyObject* parameter) {
   return state != nullptr && PyDict_Check(state) ? state : nullptr;
 }
 
+/// Nothing names the objects any more when they go: what they call then may collect garbage, which
+/// visits what is named, or ask for a step.
+template <class T>
+void drop(T& held) {
+  const T gone = std::exchange(held, T());
+}
+
 /// What could not be destroyed in a capture; at the end of the process left to it.
 std::vector<detail::BorrowedOptimizer>& left_in_captures() {
   static auto* const left = new std::vector<detail::BorrowedOptimizer>;
@@ -376,8 +383,8 @@ bool TorchStepper::takes_turns() {
 }
 
 void TorchStepper::let_go(bool written) {
-  grads_.clear();
-  if (written) written_ = py::list();
+  drop(grads_);
+  if (written) drop(written_);
 }
 
 void TorchStepper::note_written(PyObject* tensor) {
@@ -421,10 +428,10 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   tensors_.clear();
   positions_.clear();
   in_order_ = true;
-  lr_tensors_.clear();
+  drop(lr_tensors_);
   taken_ = 0;
   compared_ = 0;
-  known_.clear();
+  drop(known_);
   steps_again_ = false;
   devices_are_known_ = false;
   can_store_grads_.reset();
@@ -514,7 +521,7 @@ bool TorchStepper::hold_state(const Group& kind, PyObject* state,
 }
 
 bool TorchStepper::remember(const py::list& groups, const py::list& places, const py::dict& state) {
-  known_.clear();
+  drop(known_);
   std::vector<Known> known;
   std::vector<Known::Held> held;
   const bool could_see = !takes_turns() && see_all(groups, places, state, known, held);
@@ -553,8 +560,8 @@ bool TorchStepper::see_all(const py::list& groups, const py::list& places, const
 }
 
 void TorchStepper::forget() {
-  known_.clear();
-  held_.clear();
+  drop(known_);
+  drop(held_);
 }
 
 int TorchStepper::visit(visitproc visit, void* arg) const {
@@ -576,13 +583,12 @@ int TorchStepper::visit(visitproc visit, void* arg) const {
   return 0;
 }
 
-/// Objects go when nothing here names them any more: what they refer to may ask for a step.
 void TorchStepper::clear() {
-  const auto known = std::exchange(known_, {});
-  const auto held = std::exchange(held_, {});
-  const auto lr_tensors = std::exchange(lr_tensors_, {});
-  const auto grads = std::exchange(grads_, {});
-  const auto written = std::exchange(written_, py::list());
+  drop(known_);
+  drop(held_);
+  drop(lr_tensors_);
+  drop(grads_);
+  drop(written_);
 }
 
 bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool looks_at_all) {
@@ -592,7 +598,7 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
   }
   const TensorReader::Pass pass(reader_, looked_at_);
   groups_.clear();
-  lr_tensors_.clear();
+  drop(lr_tensors_);
   AttributeOf grad_of(keys().grad);
   for (std::size_t i = 0; i < known_.size(); ++i) {
     const Known& known = known_[i];
@@ -709,7 +715,7 @@ std::vector<Stream> TorchStepper::streams_of_tensors() {
 
 void TorchStepper::sync_hyper(const py::list& groups) {
   groups_.clear();
-  lr_tensors_.clear();
+  drop(lr_tensors_);
   for (const py::handle group : groups) take_settings(py::reinterpret_borrow<py::object>(group));
   read_foreign_lr();
   const std::vector<Stream> streams = streams_of_tensors();

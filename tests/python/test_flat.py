@@ -259,6 +259,18 @@ def test_a_parameter_may_refer_to_its_optimizer(trusts):
     assert [ref() for ref in gone] == [None] * len(gone)
 
 
+def test_garbage_may_be_collected_while_state_goes():
+    """The collector sees what a step holds: nothing that goes just then (PYTHONMALLOC=debug would crash)."""
+    mine, plain = pair("Adam", shapes=((3,),) * 10)
+    train(mine, plain)
+    for own in mine.state.values():
+        for tensor in own.values():
+            weakref.finalize(tensor, gc.collect)
+    mine.load_state_dict(copy.deepcopy(mine.state_dict()))
+    train(mine, plain)
+    assert_same(mine, plain)
+
+
 @pytest.mark.only_on("cpu", reason="memory that processes share")
 def test_a_model_that_is_shared_with_processes_is_stepped_there():
     models, (mine, plain) = twin_models(False)
