@@ -158,8 +158,8 @@ class FUSESTEP_API ParameterRef {
 
 /// Memory of a flat group: its parameters on one device with one dtype of values and one of
 /// gradients, one after the other in one buffer each. All buffers have the elements of a parameter
-/// at the same place; a parameter starts at a multiple of 32 elements, and what is between two of
-/// them is zero.
+/// at the same place; a parameter starts at a multiple of 32 elements (128 on CUDA devices), and
+/// what is between two of them is zero.
 struct FlatBuffer {
   struct Part {
     std::string parameter;
@@ -264,8 +264,8 @@ class FUSESTEP_API Optimizer {
   void sync_hyper(std::span<const Stream> streams = {});
 
   /// Whether StepOptions::store_unscaled_grads can be used: the gradients that step now have their
-  /// parameter's dtype, no parameter is float64 or rounded stochastically, slots are float32 or,
-  /// without master weights, of the parameter's dtype.
+  /// parameter's dtype, no parameter is float64 or rounded stochastically, slots are float32 or
+  /// of the parameter's dtype.
   bool can_store_grads() const;
 
   /// Sets the master weights that exist to the parameters as they are now: for who has written to

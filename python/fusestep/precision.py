@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a group that say in which dtypes its parameters keep what they have learned.
 
-`state_dtype`, `master_weights`, `rounding` and `seed` stand in `param_groups` where they were given, and
-nowhere else.
+`state_dtype`, `master_weights`, `rounding` and `seed` stand in `param_groups` and `defaults` where they were
+given, and nowhere else.
 """
 
 from __future__ import annotations
