@@ -48,7 +48,7 @@ class EngineLoader {
  private:
   /// One tensor on its way from the source to its place here.
   struct Transfer {
-    int saved, here;  // saved: -1 for the caller's memory of which nothing was saved: make_up()
+    int saved, here;   // saved: -1 for the caller's memory of which nothing was saved: make_up()
     std::string name;  // of the slot, or "value"
     DType from, to;
     ByteRange range;  // of what was saved

@@ -498,6 +498,8 @@ def _why_not(p):
     """Why a parameter cannot be moved; None if it can."""
     if torch.nn.parameter.is_lazy(p):
         return "it is not initialized yet: make a forward pass first"
+    if not p.is_leaf:
+        return "it is not a leaf of autograd's graph"
     if is_dtensor(p):
         return "not for DTensors, of which other ranks have parts"
     if p.device.type not in ("cpu", "cuda"):

@@ -1272,6 +1272,12 @@ def shared_between_processes():
     return [p]
 
 
+def not_a_leaf():
+    p = torch.ones(3, device=device.DEFAULT, requires_grad=True) * 2
+    p.retain_grad()  # torch's optimizers take it
+    return [p]
+
+
 REFUSED = {
     "group 0, parameter 0 and group 0, parameter 1 share memory": overlapping,
     "group 0, parameter 1: flatten: not for a tensor that is not dense in memory: shape .3., strides .2.": lambda: [
@@ -1281,6 +1287,7 @@ REFUSED = {
     "strides .0.": lambda: [torch.nn.Parameter(torch.ones(1, device=device.DEFAULT).expand(4))],
     "only on cpu and cuda, got meta": lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
     "it is in the buffer of another optimizer": of_another_optimizer,
+    "group 0, parameter 0: flatten: it is not a leaf": not_a_leaf,
     "memory shared with other processes": shared_between_processes,
     "not initialized yet": lambda: [torch.nn.parameter.UninitializedParameter()],
     "sparse": lambda: [torch.nn.Parameter(torch.ones(3).to_sparse())],
