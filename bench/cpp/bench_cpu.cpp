@@ -50,11 +50,6 @@ class Axpy {
   std::vector<float> y_ = std::vector<float>(kElements, 1.0f);
 };
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 /// Random values in (-0.5, 0.5) of a dtype.
 std::vector<char> random_values(std::size_t elements, DType dtype) {
   std::vector<char> data(elements * size_of(dtype));
@@ -142,8 +137,7 @@ void host(benchmark::State& state, int tensors, std::int64_t elements) {
 
 int main(int argc, char** argv) {
   using namespace fusestep::bench;
-  const std::string models_file =
-      option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
+  const std::string models_file = models_file_option(argc, argv);
   const auto models = option(argc, argv, "models", "one64m,resnet50,resnet152,gpt2,tiny10k");
   const auto rules = option(argc, argv, "rules", "all");
   const auto layouts = option(argc, argv, "layouts", "float32");

@@ -171,8 +171,7 @@ void host(benchmark::State& state, int tensors) {
 
 int main(int argc, char** argv) {
   using namespace fusestep::bench;
-  const std::string models_file =
-      option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
+  const std::string models_file = models_file_option(argc, argv);
   const auto models = option(argc, argv, "models", "resnet152,gpt2,gpt2_xl,tiny10k");
   const auto rules = option(argc, argv, "rules", "all");
   const auto layouts = option(argc, argv, "layouts", "all");

@@ -47,11 +47,6 @@ double seconds(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 /// One tensor's data, written again and again under different names.
 const std::vector<char>& tensor_data() {
   static const std::vector<char> data = [] {

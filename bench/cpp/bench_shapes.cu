@@ -278,8 +278,7 @@ void add_cases(const std::string& model, const std::string& file) {
 
 int main(int argc, char** argv) {
   using namespace fusestep::bench;
-  const std::string models_file =
-      option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
+  const std::string models_file = models_file_option(argc, argv);
   for (const std::string& model : option(argc, argv, "models", "gpt2,gpt2_xl,resnet152,tiny10k")) {
     add_cases(model, models_file);
   }

@@ -59,11 +59,6 @@ inline void fill(const DeviceBuffer& buffer, DType dtype) {
   }
 }
 
-inline double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 /// Reads more than any L2 cache holds, so that no tensor is still in it. What were written instead
 /// would wait there, and be brought to memory in the time of what is measured. In flush_l2.cu.
 void flush_l2();

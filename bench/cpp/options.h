@@ -37,6 +37,11 @@ inline std::vector<std::string> option(int& argc, char** argv, const std::string
   return parts;
 }
 
+/// --models_file=FILE: the parameter lists of models.
+inline std::string models_file_option(int& argc, char** argv) {
+  return option(argc, argv, "models_file", "python/fusestep/benchmark/shapes.json").front();
+}
+
 /// "all" names everything.
 inline bool named(const std::vector<std::string>& names, const std::string& name) {
   return names.front() == "all" || std::find(names.begin(), names.end(), name) != names.end();
@@ -64,6 +69,11 @@ class WithPlainNames : public Reporter {
     Reporter::ReportRuns(plain);
   }
 };
+
+inline double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
 
 /// Runs what was registered, to the console, and as JSON to the file of --benchmark_out. Returns
 /// the exit status; `context` gives lines of the file's "context".
