@@ -15,7 +15,8 @@ import torch
 
 from . import _core, precision, state
 from .dtensor import is_dtensor
-from .freezing import refuse_wrong_values
+from .freezing import is_read_only, refuse_wrong_values
+from .gradients import has_overlap
 from .names import listed
 from .sources import dtype_named, open_source, pieces_of, plain
 from .state import LoadReport, Path, Rename
@@ -321,10 +322,10 @@ class _NewState:
                 value = dtype_named(value)
             if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
                 taken[key] = value
-            elif self._tensors_here[id(now)] == 1:
+            elif self._tensors_here[id(now)] == 1 and not is_read_only(now):
                 filled.append((now, float(value)))
             else:
-                taken[key] = torch.full_like(now, float(value))  # other groups share it
+                taken[key] = torch.full_like(now, float(value))  # other groups share it, or it cannot be written
         values = {id(tensor): number for tensor, number in filled}
         try:
             refuse_wrong_values(self._optimizer, {k: values.get(id(v), v) for k, v in {**group, **taken}.items()})
@@ -339,9 +340,12 @@ class _NewState:
         group = self._options_of(group)
         ordered = [slot for slot in of_rule if slot in slots] + sorted(set(slots).difference(of_rule))
         tensors = {slot: self._read(saved, slot, p, slot in of_rule or slot == "value") for slot in ordered}
-        value = tensors.pop("value", None)
-        if value is not None and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        value, frozen = tensors.pop("value", None), described.get("frozen", False)
+        if value is not None and has_overlap(p):
             raise _core.InvalidArgument(f"parameter '{described['name']}' is expanded: its value cannot be loaded")
+        if is_read_only(p) and (value is not None or (self._thaws and not frozen and not p.requires_grad)):
+            what = "its value cannot be loaded" if value is not None else "it cannot be thawed"
+            raise _core.InvalidArgument(f"parameter '{described['name']}' was made under inference_mode: {what}")
         own = {
             slot: _laid_out_like(p, tensor, group, slot) if slot in of_rule else tensor
             for slot, tensor in tensors.items()
@@ -350,7 +354,7 @@ class _NewState:
         if (own or described.get("step")) and counts and "step" in self._optimizer._names_of_state(p, group):
             count = state.decode(described.get("step", 0.0), "step", _make_tensor)
             own = {"step": self._optimizer._new_step(count, p, group), **own}
-        return p, own, value, described.get("frozen", False)
+        return p, own, value, frozen
 
     def _read(self, saved, slot, p, is_like_p):
         described = self._saved[saved]

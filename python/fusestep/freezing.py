@@ -51,7 +51,11 @@ def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.opt
 
     Raises InvalidArgument if something matches no parameter, and changes nothing.
     """
-    parameters = parameters_of(what, model, names_of(model, optimizer))
+    names = names_of(model, optimizer)
+    parameters = parameters_of(what, model, names)
+    for p in parameters:
+        if not p.is_leaf and p.requires_grad:
+            raise InvalidArgument(f"{_label(p, names)} is the result of others, which can be frozen: it is no leaf")
     for p in parameters:
         p.requires_grad_(False)
         p.grad = None  # a step does not look at requires_grad
@@ -92,6 +96,8 @@ def thaw(
     for p in parameters:
         if not (p.is_floating_point() or p.is_complex()):
             raise InvalidArgument(f"{_label(p, names)} of {p.dtype} cannot require a gradient")
+        if is_read_only(p) and not p.requires_grad:
+            raise InvalidArgument(f"{_label(p, names)} was made under inference_mode: it cannot require a gradient")
     if optimizer is not None:
         _Regrouping(optimizer, parameters, settings, names, _several(scheduler)).apply()
     elif settings or scheduler is not None:
@@ -225,6 +231,11 @@ def _own(group):
 
 def _copied(value):
     return value.clone() if torch.is_tensor(value) else value
+
+
+def is_read_only(tensor: torch.Tensor) -> bool:
+    """Whether torch refuses to write it and to change whether it requires a gradient."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def refuse_wrong_values(optimizer, group):

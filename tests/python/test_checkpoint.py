@@ -1231,6 +1231,49 @@ def test_expanded_parameters_are_not_written(tmp_path):
     optimizer.load(tmp_path / "state", values=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "frozen", "message"),
+    [
+        ({"values": True}, True, "its value cannot be loaded"),
+        ({"values": True}, False, "its value cannot be loaded"),
+        ({"values": False}, False, "it cannot be thawed"),
+        ({"values": False}, True, None),
+        ({"values": False, "what": "state"}, False, None),
+    ],
+)
+def test_parameters_of_inference_mode(options, frozen, message, tmp_path):
+    """What torch would refuse to write is known before anything is."""
+    parameters, optimizer = trained("Adam")
+    parameters["scale"].requires_grad_(not frozen)
+    optimizer.save(tmp_path / "state", values=True)
+    here = model()
+    with torch.inference_mode():
+        here["scale"] = torch.nn.Parameter(here["scale"].detach().clone(), requires_grad=False)
+    resumed = optimizer_of("Adam", here)
+    before = everything(here, resumed)
+    if message is None:
+        resumed.load(tmp_path / "state", **options)
+        support.assert_bits(state_only(contents(here, resumed)), state_only(contents(parameters, optimizer)))
+        return
+    with pytest.raises(fusestep.InvalidArgument, match=f"parameter 'scale' was made under inference_mode: {message}"):
+        resumed.load(tmp_path / "state", **options)
+    assert_same(everything(here, resumed), before)
+    with torch.inference_mode():
+        resumed.load(tmp_path / "state", **options)
+
+
+def test_a_tensor_lr_of_inference_mode(tmp_path):
+    parameters, optimizer = trained("Adam")
+    optimizer.save(tmp_path / "state")
+    with torch.inference_mode():
+        lr = torch.tensor(0.5)
+    resumed = optimizer_of("Adam", model(), lr=lr)
+    resumed.load(tmp_path / "state")
+    assert torch.is_tensor(resumed.param_groups[0]["lr"])
+    assert resumed.param_groups[0]["lr"].item() == pytest.approx(SETTINGS["Adam"]["lr"])
+    assert lr.item() == 0.5
+
+
 NOT_NAMED = {
     "names only in the file": (True, False, {}, "this optimizer does not know its parameters' names: give names="),
     "names only here": (False, True, {}, "the source has no names of parameters: give saved_names="),

@@ -416,8 +416,11 @@ def test_refused_parameters_change_nothing():
     model, optimizer = make("AdamW")
     freeze(model)
     whole = torch.nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    with torch.inference_mode():
+        read_only = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     for wrong, message in [
         (whole, r"a parameter of shape \[2\] of torch.int64 cannot require a gradient"),
+        (read_only, r"a parameter of shape \[2\] was made under inference_mode: it cannot require a gradient"),
         (torch.nn.Parameter(torch.ones(3)), r"pass model= to name a parameter of shape \[3\]"),
     ]:
         with pytest.raises(fusestep.InvalidArgument, match=message):
@@ -427,6 +430,10 @@ def test_refused_parameters_change_nothing():
         optimizer.param_groups[0].pop("param_names")
         optimizer.thaw([model.head, torch.ones(2, requires_grad=True) * 2], lr=0.01)
     assert len(optimizer.param_groups) == 1 and trained(model) == []
+    thaw(model)
+    with pytest.raises(fusestep.InvalidArgument, match=r"a parameter of shape \[2\] is the result of others"):
+        optimizer.freeze([model.head, torch.ones(2, requires_grad=True) * 2])
+    assert trained(model) == BACKBONE + HEAD
 
 
 # ---- schedulers --------------------------------------------------------------------------------
