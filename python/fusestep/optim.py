@@ -270,7 +270,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
         self._run(found_inf, loss_scale, stores and not divides_apart, norm)
         if divides_apart:
             if self.skip_nonfinite:
-                found_inf = CommonNorm(self._pairs(), None).skip(found_inf)
+                found_inf = (norm or CommonNorm(self._pairs(), None)).skip(found_inf)
             unscale(self.param_groups, loss_scale, found_inf)
         if self._flat is not None:
             self._flat.remember()

@@ -491,6 +491,27 @@ def test_tied_parameters_have_one_norm(steps):
     support.stepped_by_us(mine, steps=2 * steps)
 
 
+def test_the_norm_of_tied_parameters_is_taken_once(monkeypatch):
+    """Also where the step and the division of gradients after it ask for what is not finite; ranks wait for it."""
+    value = torch.zeros(6, device=device.DEFAULT)
+    tied = [torch.nn.Parameter(value[:4]), torch.nn.Parameter(value[2:])]
+    for p, view in zip(tied, (value[:4], value[2:]), strict=True):
+        p.data = view
+    narrow_state = {"momentum": 0.5, "state_dtype": torch.bfloat16}  # gradients are divided after the step then
+    mine = fusestep.optim.SGD(tied, lr=1.0, max_grad_norm=100.0, skip_nonfinite=True, **narrow_state)
+    taken = []
+    sums = fusestep.gradients._sums
+    monkeypatch.setattr(fusestep.gradients, "_sums", lambda pairs: taken.append(0) or sums(pairs))
+    for bad in (0.0, torch.inf, 0.0):
+        for p in tied:
+            p.grad = torch.full_like(p, 4.0) + bad
+        mine.grad_scale, mine.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        mine.step()
+        assert [p.grad[0].item() for p in tied] == [bad or 1.0] * 2
+    assert len(taken) == 3
+    assert mine.skipped_steps == 1
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_found_inf_and_what_is_found_here(tied):
     """Either skips; GradScaler may have looked before the gradients changed."""
