@@ -18,7 +18,7 @@ from .dtensor import is_dtensor
 from .freezing import is_read_only, refuse_wrong_values
 from .gradients import has_overlap
 from .names import listed
-from .sources import dtype_named, open_source, pieces_of, plain
+from .sources import dtype_named, made_tensor, open_source, pieces_of, plain
 from .state import LoadReport, Path, Rename
 
 Names = torch.nn.Module | Iterable[tuple[str, torch.Tensor]] | None
@@ -317,7 +317,7 @@ class _NewState:
         for key, encoded in saved["hyper"].items():
             if key in EXECUTION_FLAGS:
                 continue
-            value, now = state.decode(encoded, f"{where}: {key}", _make_tensor), group.get(key)
+            value, now = state.decode(encoded, f"{where}: {key}", made_tensor), group.get(key)
             if key == "state_dtype" and value is not None:
                 value = dtype_named(value)
             if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
@@ -352,7 +352,7 @@ class _NewState:
         }
         counts = "step" in described or not own.keys().isdisjoint(of_rule)
         if (own or described.get("step")) and counts and "step" in self._optimizer._names_of_state(p, group):
-            count = state.decode(described.get("step", 0.0), "step", _make_tensor)
+            count = state.decode(described.get("step", 0.0), "step", made_tensor)
             own = {"step": self._optimizer._new_step(count, p, group), **own}
         return p, own, value, frozen
 
@@ -377,10 +377,6 @@ class _NewState:
             group.update(taken)
             for tensor, number in filled:
                 tensor.fill_(number)
-
-
-def _make_tensor(numbers, dtype):
-    return torch.tensor(numbers, dtype=dtype_named(dtype), device="cpu")
 
 
 def _count_tensor(count):

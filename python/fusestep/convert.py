@@ -15,7 +15,7 @@ import torch
 
 from . import _core, state
 from .contents import RULES, Contents, contents, is_torch_file
-from .sources import dtype_named, pieces_of
+from .sources import dtype_named, made_tensor, pieces_of
 
 
 def convert(
@@ -128,7 +128,7 @@ def _state_dict(held):
 def _settings_of(group):
     """With what torch's class adds, in its order."""
     where = f"group '{group['name']}'"
-    saved = {key: state.decode(value, f"{where}: {key}", _make_tensor) for key, value in group["hyper"].items()}
+    saved = {key: state.decode(value, f"{where}: {key}", made_tensor) for key, value in group["hyper"].items()}
     if isinstance(saved.get("state_dtype"), str):
         saved["state_dtype"] = dtype_named(saved["state_dtype"])
     defaults = getattr(torch.optim, group["rule"])([torch.zeros((), device="cpu")]).defaults
@@ -143,9 +143,5 @@ def _state_of(held, index, parameter, group):
     stochastic = group["hyper"].get("rounding") == "stochastic"
     if not stochastic and (group["rule"] == "SGD" or not tensors):
         return tensors
-    step = state.decode(parameter.get("step", 0.0), "step", _make_tensor)
+    step = state.decode(parameter.get("step", 0.0), "step", made_tensor)
     return {"step": torch.tensor(float(step), device="cpu"), **tensors}
-
-
-def _make_tensor(numbers, dtype):
-    return torch.tensor(numbers, dtype=dtype_named(dtype), device="cpu")

@@ -159,3 +159,8 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise _core.InvalidArgument(f"there is no conversion from {name}")
     return dtype
+
+
+def made_tensor(numbers: Any, dtype: str) -> torch.Tensor:
+    """For settings and counts that were tensors, which a file has as numbers."""
+    return torch.tensor(numbers, dtype=dtype_named(dtype), device="cpu")

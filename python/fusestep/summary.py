@@ -11,10 +11,10 @@ import torch
 
 from .names import listed, names_of
 from .tables import (
+    Printed,
     count_text,
     html_line,
     html_table,
-    rendered,
     rich_table,
     settings_text,
     shape_text,
@@ -30,7 +30,7 @@ _SHAPED_SLOTS = frozenset(
 _COLUMNS = ("params", "param_names", "lr", "weight_decay")
 
 
-class Summary:
+class Summary(Printed):
     """What an optimizer holds. `print` shows it as a table, a notebook as HTML.
 
     Attributes:
@@ -68,13 +68,6 @@ class Summary:
             self.rows += rows
             self.groups.append(_total(number, group, rows))
         self.warnings: list[str] = list(_warnings(optimizer, model, self))
-
-    def text(self, width: int | None = None) -> str:
-        """The table, at most `width` characters wide where names can be folded so far; None: the terminal's."""
-        return rendered(self, width)
-
-    __str__ = text
-    __repr__ = text
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         from rich.text import Text

@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 class Printed:
-    """Something that prints as titles, lines and tables: those of `_parts`."""
+    """Something that prints as titles, lines and tables: those of `_parts`, where a class has no layout of its own."""
 
     def _parts(self) -> Iterator[Part]:
         raise NotImplementedError
