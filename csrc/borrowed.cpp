@@ -28,7 +28,7 @@ void BorrowedOptimizer::step(std::span<const BorrowedGroup> groups,
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         if (turns_[i] == turn) now.push_back(tensors[i]);
       }
-      passes_[static_cast<std::size_t>(turn)].step(groups, now, options);
+      at(passes_, turn).step(groups, now, options);
     }
   }
   ++steps_;
@@ -39,7 +39,7 @@ bool BorrowedOptimizer::can_store_grads(std::span<const BorrowedGroup> groups,
   const bool have_layouts =
       std::all_of(tensors.begin(), tensors.end(), [&](const BorrowedTensor& tensor) {
         if (!tensor.steps) return true;
-        LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
+        LayoutKey key = layout_key(at(groups, tensor.group), tensor);
         if (key.extra != Extra::kNone) return false;
         key.extra = Extra::kStoreGrad;
         return find_layout(key).has_value();
@@ -86,16 +86,14 @@ void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
   memory_.clear();
   for (const BorrowedTensor& tensor : tensors) memory_.push_back({tensor.value, tensor.size});
 
-  const auto begin = [&](int i) {
-    return reinterpret_cast<std::uintptr_t>(tensors[static_cast<std::size_t>(i)].value);
-  };
+  const auto begin = [&](int i) { return reinterpret_cast<std::uintptr_t>(at(tensors, i).value); };
   const auto end = [&](int i) {
-    const BorrowedTensor& tensor = tensors[static_cast<std::size_t>(i)];
+    const BorrowedTensor& tensor = at(tensors, i);
     return begin(i) + static_cast<std::size_t>(tensor.size) * size_of(tensor.dtype);
   };
   std::vector<int> order;
   for (int i = 0; i < static_cast<int>(tensors.size()); ++i) {
-    if (tensors[static_cast<std::size_t>(i)].size != 0) order.push_back(i);
+    if (at(tensors, i).size != 0) order.push_back(i);
   }
   std::sort(order.begin(), order.end(), [&](int a, int b) { return begin(a) < begin(b); });
 
@@ -112,11 +110,11 @@ void BorrowedOptimizer::find_turns(std::span<const BorrowedTensor> tensors) {
                               order.begin() + static_cast<std::ptrdiff_t>(next));
     std::sort(together.begin(), together.end());
     for (const int later : together) {
-      int& turn = turns_[static_cast<std::size_t>(later)];
+      int& turn = at(turns_, later);
       for (const int earlier : together) {
         if (earlier == later) break;
         if (begin(earlier) >= end(later) || begin(later) >= end(earlier)) continue;
-        turn = std::max(turn, turns_[static_cast<std::size_t>(earlier)] + 1);
+        turn = std::max(turn, at(turns_, earlier) + 1);
       }
       last = std::max(last, turn);
     }
@@ -261,12 +259,12 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
     record.size = tensor.size;
     record.value = {tensor.value, tensor.dtype, {tensor.size}, tensor.device, true};
     record.noise_seed = tensor.noise_seed;
-    const LayoutKey key = layout_key(groups[static_cast<std::size_t>(tensor.group)], tensor);
+    const LayoutKey key = layout_key(at(groups, tensor.group), tensor);
     if (!find_layout(key)) {
       throw InvalidArgument(where(record) + ": no layout for values of " + to_string(key));
     }
     record.device = device_index(tensor.device, where(record));
-    record.state = devices_[static_cast<std::size_t>(record.device)]->states++;
+    record.state = at(devices_, record.device)->states++;
     record.may_lack_grad = true;
     group.parameters.push_back(index);
     parameters_.push_back(std::move(record));
@@ -276,7 +274,7 @@ void Engine::borrow(std::span<const BorrowedGroup> groups,
 
 /// Of the same rule variant as before.
 void Engine::reset(int index, const BorrowedGroup& settings) {
-  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  GroupRecord& group = at(groups_, index);
   group.hyper = settings.hyper;
   group.lr_source = settings.lr_source;
   group.settings_changed = true;
@@ -284,10 +282,9 @@ void Engine::reset(int index, const BorrowedGroup& settings) {
 }
 
 void Engine::rebind(int index, const BorrowedTensor& tensor) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  ParameterRecord& parameter = at(parameters_, index);
   DeviceRecord& device = device_of(parameter);
-  const SlotNames names =
-      rule_info(find_rule(groups_[static_cast<std::size_t>(parameter.group)].hyper)).slots;
+  const SlotNames names = rule_info(find_rule(at(groups_, parameter.group).hyper)).slots;
 
   const auto same_slots = [&] {
     const std::vector<Slot>& slots = parameter.slots;  // in the rule's order, then the master

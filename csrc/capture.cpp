@@ -31,7 +31,10 @@ bool Engine::in_graphs() const {
                      [](const auto& device) { return device->backend->in_graphs(); });
 }
 
-void Engine::refuse_in_capture(const char* call, std::span<const Stream> streams) {
+/// Of every call that enqueues work, steps and zero_grad() apart.
+void Engine::begin_outside_captures(const char* call, std::span<const Stream> streams) {
+  refuse_if_broken();
+  check_streams(streams);
   if (captured_device(streams) == nullptr) return;
   throw InvalidArgument(std::string(call) +
                         " cannot be captured into a CUDA graph: call it outside of the capture");
@@ -118,7 +121,7 @@ void Engine::refuse_what_is_pending(const DeviceRecord& device, const StepOption
     for_each_stepping(device.index, groups_, parameters_, refuse);
   };
   for_each([&](int, const ParameterRecord& parameter) {
-    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    const GroupRecord& group = at(groups_, parameter.group);
     for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
       if (parameter.find_slot(kind.name) != nullptr) continue;
       refuse_capture(where(parameter) + " has no slot '" + std::string(kind.name) + "' yet",

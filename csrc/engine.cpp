@@ -123,9 +123,7 @@ void Engine::choose_kernels_for_norm() {
 }
 
 GradNorm Engine::grad_norm(std::span<const Stream> streams) {
-  refuse_if_broken();
-  check({.streams = streams});
-  refuse_in_capture("grad_norm()", streams);
+  begin_outside_captures("grad_norm()", streams);
   list_working_devices();
   choose_kernels_for_norm();
   const DefaultFpEnvironment environment;
@@ -193,11 +191,15 @@ void Engine::check(const StepOptions& options) {
     return device->stores_grads && !plan_is_stale(*device);
   };
   if (options.store_unscaled_grads && !std::all_of(devices_.begin(), devices_.end(), is_planned)) {
-    refuse_if_grads_cannot_be_stored();
+    if (const ParameterRecord* refused = first_that_cannot_store()) refuse_to_store(*refused);
   }
-  for (const Stream& stream : options.streams) {
+  check_streams(options.streams);
+}
+
+void Engine::check_streams(std::span<const Stream> streams) {
+  for (const Stream& stream : streams) {
     const auto same_device = [&](const Stream& other) { return other.device == stream.device; };
-    if (std::count_if(options.streams.begin(), options.streams.end(), same_device) != 1) {
+    if (std::count_if(streams.begin(), streams.end(), same_device) != 1) {
       throw InvalidArgument("there are two streams of " + to_string(stream.device));
     }
     if (!stream.device.is_cuda()) {
@@ -207,21 +209,19 @@ void Engine::check(const StepOptions& options) {
   }
 }
 
-bool Engine::can_store_grads() const {
-  return std::all_of(parameters_.begin(), parameters_.end(), [&](const ParameterRecord& parameter) {
-    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
-    return !parameter.steps() || layout_of(group, parameter, true).has_value();
+/// Of the parameters that step; null if all can.
+const ParameterRecord* Engine::first_that_cannot_store() const {
+  const auto found = std::find_if(parameters_.begin(), parameters_.end(), [&](const auto& one) {
+    return one.steps() && !layout_of(at(groups_, one.group), one, true);
   });
+  return found == parameters_.end() ? nullptr : &*found;
 }
 
-void Engine::refuse_if_grads_cannot_be_stored() const {
-  for (const ParameterRecord& parameter : parameters_) {
-    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
-    if (!parameter.steps() || layout_of(group, parameter, true)) continue;
-    const LayoutKey key = layout_key(group.options, parameter.value.dtype, parameter.grad.dtype);
-    throw InvalidArgument(where(parameter) + ": store_unscaled_grads cannot be had for " +
-                          to_string(key) + "; it can for " + layouts_with(Extra::kStoreGrad));
-  }
+void Engine::refuse_to_store(const ParameterRecord& parameter) const {
+  const GroupOptions& options = at(groups_, parameter.group).options;
+  const LayoutKey key = layout_key(options, parameter.value.dtype, parameter.grad.dtype);
+  throw InvalidArgument(where(parameter) + ": store_unscaled_grads cannot be had for " +
+                        to_string(key) + "; it can for " + layouts_with(Extra::kStoreGrad));
 }
 
 /// Those that store gradients are others.
@@ -278,8 +278,7 @@ void Engine::check_no_overlap(DeviceRecord& device) const {
   grads.reserve(parameters_.size());
   for_each_stepping(device.index, groups_, parameters_,
                     [&](int index, const ParameterRecord& parameter) {
-                      grads.push_back({static_cast<const char*>(parameter.grad.data),
-                                       parameter.grad_bytes(), index, "gradient"});
+                      grads.push_back(range_of(index, "gradient", parameter.grad));
                     });
   refuse_overlap(grads);
   Overlap overlap;
@@ -290,7 +289,7 @@ void Engine::check_no_overlap(DeviceRecord& device) const {
 void Engine::grow_state(DeviceRecord& device, void* stream) {
   std::vector<StateStore::Wanted> wanted;
   for_each_stepping(device.index, groups_, parameters_, [&](int, ParameterRecord& parameter) {
-    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    const GroupRecord& group = at(groups_, parameter.group);
     for (const SlotKind& kind : SlotKinds(group, parameter.value.dtype)) {
       if (parameter.find_slot(kind.name) != nullptr) continue;
       wanted.push_back({&parameter, {kind.name, kind.dtype, nullptr, false}});
@@ -310,9 +309,7 @@ void Engine::fill_master(const ParameterRecord& parameter, const Slot& master, v
 }
 
 void Engine::refresh_master_weights(std::span<const Stream> streams) {
-  refuse_if_broken();
-  check({.streams = streams});
-  refuse_in_capture("refresh_master_weights()", streams);
+  begin_outside_captures("refresh_master_weights()", streams);
   on_device([&] {
     for (const ParameterRecord& parameter : parameters_) {
       const Slot* master = parameter.find_slot(kMasterWeight);
@@ -354,7 +351,7 @@ void Engine::stage(DeviceRecord& device, void* stream, int norm_parts) {
   device.norm_blocks_staged = device.norm_blocks_staged || with_norm_blocks;
   device.staged_norm_parts = std::max(device.staged_norm_parts, norm_parts);
   for (const int changed : device.changed_grads) {
-    parameters_[static_cast<std::size_t>(changed)].grad_moved = false;
+    at(parameters_, changed).grad_moved = false;
   }
   device.changed_grads.clear();
 }
@@ -386,9 +383,7 @@ void Engine::forget_changed_settings() {
 /// What graphs read when they run: settings and step counts. Devices on which nothing has stepped
 /// get all they need with their first step.
 void Engine::sync_hyper(std::span<const Stream> streams) {
-  refuse_if_broken();
-  check({.streams = streams});
-  refuse_in_capture("sync_hyper()", streams);
+  begin_outside_captures("sync_hyper()", streams);
   on_device([&] {
     for (const auto& device : devices_) {
       const std::vector<HyperRow> hypers = changed_hypers(*device);
@@ -410,12 +405,11 @@ void Engine::sync_hyper(std::span<const Stream> streams) {
 void Engine::sum_squares(std::span<const Stream> streams) {
   const std::vector<DeviceRecord*>& devices = working_;
   for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
-    devices[static_cast<std::size_t>(i)]->backend->sum_squares(
-        i, stream_of(streams, devices[static_cast<std::size_t>(i)]->device));
+    at(devices, i)->backend->sum_squares(i, stream_of(streams, at(devices, i)->device));
   }
   if (devices.size() < 2) return;
   for (int i = 0; i < static_cast<int>(devices.size()); ++i) {
-    DeviceRecord& from = *devices[static_cast<std::size_t>(i)];
+    DeviceRecord& from = *at(devices, i);
     send_sum(i, from, stream_of(streams, from.device), streams);
   }
 }
@@ -440,8 +434,7 @@ StepRequest Engine::request_for(const DeviceRecord& device, const StepOptions& o
     if (!source.present) return {value};
     const bool is_double = source.dtype == DType::kFloat64;
     if (source.device == device.device) return {value, source.data, is_double};
-    Backend& there =
-        *devices_[static_cast<std::size_t>(device_index(source.device, "step"))]->backend;
+    Backend& there = *at(devices_, device_index(source.device, "step"))->backend;
     return {value *
             there.read_scalar(source.data, is_double, stream_of(options.streams, source.device))};
   };

@@ -82,9 +82,7 @@ class Engine {
   void set_hyper(int group, const Hyper& hyper);
   void set_lr(int group, double lr);
   void set_lr_source(int group, const TensorView& source);
-  void set_initial_lr(int group, double lr) {
-    groups_[static_cast<std::size_t>(group)].initial_lr = lr;
-  }
+  void set_initial_lr(int group, double lr) { at(groups_, group).initial_lr = lr; }
   void set_grad(int parameter, const TensorView& grad);
   void set_value(int parameter, const TensorView& value);
   void set_frozen(int parameter, bool frozen);
@@ -119,7 +117,7 @@ class Engine {
   /// waiting; false if it is on another one.
   bool copy_grad_norm(const TensorView& to, std::span<const Stream> streams);
   std::int64_t skipped_steps();
-  bool can_store_grads() const;
+  bool can_store_grads() const { return first_that_cannot_store() == nullptr; }
   void refresh_master_weights(std::span<const Stream> streams);
   void refuse_if_broken() const;
   /// Where the step at hand would be one of other tensors.
@@ -156,7 +154,9 @@ class Engine {
 
   // The phases of a step, in their order. Up to stage() nothing a caller could see has changed.
   void check(const StepOptions& options);
-  void refuse_if_grads_cannot_be_stored() const;
+  static void check_streams(std::span<const Stream> streams);
+  const ParameterRecord* first_that_cannot_store() const;
+  [[noreturn]] void refuse_to_store(const ParameterRecord& parameter) const;
   void refresh(std::span<const Stream> streams, int norm_parts);
   void run(const StepOptions& options, bool with_norm, bool is_reduced);
   bool plan_is_stale(const DeviceRecord& device) const;
@@ -185,7 +185,7 @@ class Engine {
 
   // capture.cpp: a step that runs later, in a CUDA graph
   bool is_captured(std::span<const Stream> streams);
-  void refuse_in_capture(const char* call, std::span<const Stream> streams);
+  void begin_outside_captures(const char* call, std::span<const Stream> streams);
   const ParameterRecord* stepping_on(const DeviceRecord& device) const;
   void refuse_what_a_graph_cannot_do(const StepOptions& options, bool with_norm) const;
   void refuse_what_is_pending(const DeviceRecord& device, const StepOptions& options,
@@ -199,7 +199,7 @@ class Engine {
 
   int device_index(Device device, const std::string& where);
   DeviceRecord& device_of(const ParameterRecord& parameter) {
-    return *devices_[static_cast<std::size_t>(parameter.device)];
+    return *at(devices_, parameter.device);
   }
   std::string where(const ParameterRecord& parameter) const;
   static MemoryRange range_of(int parameter, std::string_view what, const TensorView& memory);

@@ -30,7 +30,7 @@ void Engine::move_to_buffers(std::size_t first, std::span<const Stream> streams)
     for (std::size_t i = first; i < parameters_.size(); ++i) plan_place(static_cast<int>(i));
     on_device([&] {
       for (; allocated < flats_.size(); ++allocated) {
-        DeviceRecord& device = *devices_[static_cast<std::size_t>(flats_[allocated]->device)];
+        DeviceRecord& device = *at(devices_, flats_[allocated]->device);
         device.store->allocate(*flats_[allocated], stream_of(streams, device.device));
       }
       for (std::size_t i = flats_before; i < flats_.size(); ++i) fill_buffer(*flats_[i], streams);
@@ -38,7 +38,7 @@ void Engine::move_to_buffers(std::size_t first, std::span<const Stream> streams)
     for (std::size_t i = flats_before; i < flats_.size(); ++i) move_to(*flats_[i]);
   } catch (...) {
     for (; allocated > flats_before; --allocated) {
-      DeviceRecord& device = *devices_[static_cast<std::size_t>(flats_[allocated - 1]->device)];
+      DeviceRecord& device = *at(devices_, flats_[allocated - 1]->device);
       device.store->undo_allocate(stream_of(streams, device.device));
     }
     flats_.resize(flats_before);
@@ -48,7 +48,7 @@ void Engine::move_to_buffers(std::size_t first, std::span<const Stream> streams)
 
 /// At the end of the buffer for its layout.
 void Engine::plan_place(int index) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  ParameterRecord& parameter = at(parameters_, index);
   const DType value = parameter.value.dtype;
   const DType grad = parameter.grad.present ? parameter.grad.dtype : value;
   const auto fits = [&](const std::unique_ptr<FlatRecord>& flat) {
@@ -68,7 +68,7 @@ void Engine::plan_place(int index) {
 
 void Engine::move_to(FlatRecord& flat) {
   for (const int index : flat.parameters) {
-    ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+    ParameterRecord& parameter = at(parameters_, index);
     parameter.flat = &flat;
     parameter.value.data = place(flat.values, parameter.flat_begin, flat.value);
     parameter.grad = parameter.value;
@@ -78,10 +78,10 @@ void Engine::move_to(FlatRecord& flat) {
 }
 
 void Engine::fill_buffer(const FlatRecord& flat, std::span<const Stream> streams) {
-  DeviceRecord& device = *devices_[static_cast<std::size_t>(flat.device)];
+  DeviceRecord& device = *at(devices_, flat.device);
   void* const stream = stream_of(streams, device.device);
   for (const int index : flat.parameters) {
-    const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+    const ParameterRecord& parameter = at(parameters_, index);
     if (parameter.size == 0) continue;
     device.backend->copy(place(flat.values, parameter.flat_begin, flat.value), parameter.value.data,
                          parameter.value.bytes(), stream);
@@ -95,7 +95,7 @@ std::vector<FlatBuffer> Engine::flat_buffers(int group) const {
   std::vector<FlatBuffer> buffers;
   for (const auto& flat : flats_) {
     if (flat->group != group) continue;
-    const Device device = devices_[static_cast<std::size_t>(flat->device)]->device;
+    const Device device = at(devices_, flat->device)->device;
     const auto view_of = [&](char* data, DType dtype) {
       return TensorView{data, dtype, {flat->size}, device, true};
     };
@@ -104,7 +104,7 @@ std::vector<FlatBuffer> Engine::flat_buffers(int group) const {
       buffer.slots[std::string(slot.name)] = view_of(slot.data, slot.dtype);
     }
     for (const int index : flat->parameters) {
-      const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+      const ParameterRecord& parameter = at(parameters_, index);
       buffer.parts.push_back({parameter.name, parameter.flat_begin, parameter.size});
     }
     buffers.push_back(std::move(buffer));
@@ -114,13 +114,13 @@ std::vector<FlatBuffer> Engine::flat_buffers(int group) const {
 
 void Engine::zero_grad(int group, std::span<const Stream> streams) {
   refuse_if_broken();
-  check({.streams = streams});
+  check_streams(streams);
   bool is_flat = false;
   on_device([&] {
     for (const auto& flat : flats_) {
       if (flat->group != group) continue;
       is_flat = true;
-      DeviceRecord& device = *devices_[static_cast<std::size_t>(flat->device)];
+      DeviceRecord& device = *at(devices_, flat->device);
       const std::size_t bytes = static_cast<std::size_t>(flat->size) * size_of(flat->grad);
       if (bytes != 0) {
         device.backend->clear(flat->grads, bytes, stream_of(streams, device.device));
@@ -128,7 +128,7 @@ void Engine::zero_grad(int group, std::span<const Stream> streams) {
     }
   });
   if (is_flat) return;
-  throw InvalidArgument("group '" + groups_[static_cast<std::size_t>(group)].name +
+  throw InvalidArgument("group '" + at(groups_, group).name +
                         "': zero_grad() clears the gradients of flat groups; those of this one are "
                         "the caller's memory");
 }

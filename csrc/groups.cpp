@@ -121,9 +121,7 @@ int Engine::enter(JoiningGroup joining, F&& lay_out) {
 /// reads what it writes.
 int Engine::add_flat_group(std::string name, const Hyper& hyper, std::vector<Parameter> parameters,
                            GroupOptions options, std::span<const Stream> streams) {
-  refuse_if_broken();
-  check({.streams = streams});
-  refuse_in_capture("add_flat_group()", streams);
+  begin_outside_captures("add_flat_group()", streams);
   JoiningGroup joining = checked(std::move(name), hyper, std::move(parameters), options);
   return enter(std::move(joining), [&](std::size_t first) { move_to_buffers(first, streams); });
 }
@@ -135,7 +133,7 @@ int Engine::find_parameter(std::string_view name) const {
 }
 
 void Engine::set_hyper(int index, const Hyper& hyper) {
-  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  GroupRecord& group = at(groups_, index);
   const std::string text = "group '" + group.name + "'";
   if (hyper.index() != group.hyper.index()) {
     throw InvalidArgument(text + ": its rule is " + std::string(rule_name(group.hyper)) +
@@ -152,19 +150,19 @@ void Engine::set_hyper(int index, const Hyper& hyper) {
 }
 
 void Engine::set_lr(int index, double lr) {
-  Hyper changed = groups_[static_cast<std::size_t>(index)].hyper;
+  Hyper changed = at(groups_, index).hyper;
   std::visit([&](auto& settings) { settings.lr = lr; }, changed);
   set_hyper(index, changed);
   set_lr_source(index, {});
 }
 
 void Engine::set_lr_source(int index, const TensorView& source) {
-  GroupRecord& group = groups_[static_cast<std::size_t>(index)];
+  GroupRecord& group = at(groups_, index);
   if (source.present) {
     const std::string text = "group '" + group.name + "': lr";
     check_scalar(text, source);
     for (const int parameter : group.parameters) {
-      const TensorView& value = parameters_[static_cast<std::size_t>(parameter)].value;
+      const TensorView& value = at(parameters_, parameter).value;
       if (value.device == source.device) continue;
       throw InvalidArgument(text + " must live where the group's parameters live, on " +
                             to_string(value.device) + ", got " + to_string(source.device));
@@ -176,9 +174,9 @@ void Engine::set_lr_source(int index, const TensorView& source) {
 }
 
 void Engine::set_grad(int index, const TensorView& grad) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  ParameterRecord& parameter = at(parameters_, index);
   if (grad.present) {
-    const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+    const GroupRecord& group = at(groups_, parameter.group);
     check_grad(where(parameter), group.options, grad, parameter.value);
   }
   const bool steps_before = parameter.steps();
@@ -192,7 +190,7 @@ void Engine::set_grad(int index, const TensorView& grad) {
 }
 
 void Engine::set_value(int index, const TensorView& value) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  ParameterRecord& parameter = at(parameters_, index);
   if (!value.present) throw InvalidArgument(where(parameter) + ": has no value");
   check_like(where(parameter), "value", value, parameter.value.dtype, parameter.value);
   if (parameter.flat != nullptr && value.data != parameter.value.data) {
@@ -210,7 +208,7 @@ void Engine::set_value(int index, const TensorView& value) {
 }
 
 void Engine::set_frozen(int index, bool frozen) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  ParameterRecord& parameter = at(parameters_, index);
   if (parameter.frozen == frozen) return;
   parameter.frozen = frozen;
   device_of(parameter).stepping_changed = true;
@@ -227,7 +225,7 @@ void Engine::set_frozen(std::string_view name, bool frozen) {
   if (group == group_names_.end()) {
     throw InvalidArgument("there is no group or parameter named '" + std::string(name) + "'");
   }
-  for (const int member : groups_[static_cast<std::size_t>(group->second)].parameters) {
+  for (const int member : at(groups_, group->second).parameters) {
     set_frozen(member, frozen);
   }
 }
@@ -254,21 +252,21 @@ int Engine::device_index(Device device, const std::string& where) {
 }
 
 std::string Engine::where(const ParameterRecord& parameter) const {
-  return detail::where(groups_[static_cast<std::size_t>(parameter.group)].name, parameter.name);
+  return detail::where(at(groups_, parameter.group).name, parameter.name);
 }
 
 MemoryRange Engine::range_of(int parameter, std::string_view what, const TensorView& memory) {
-  return {static_cast<const char*>(memory.data), memory.bytes(), parameter, what};
+  return {reinterpret_cast<std::uintptr_t>(memory.data), memory.bytes(), parameter, what};
 }
 
 std::vector<MemoryRange> Engine::value_and_slot_ranges(Device device) const {
   std::vector<MemoryRange> ranges;
   for (int i = 0; i < static_cast<int>(parameters_.size()); ++i) {
-    const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(i)];
+    const ParameterRecord& parameter = at(parameters_, i);
     if (parameter.value.device != device) continue;
     ranges.push_back(range_of(i, "value", parameter.value));
     for (const Slot& slot : parameter.slots) {
-      ranges.push_back({static_cast<const char*>(slot.data),
+      ranges.push_back({reinterpret_cast<std::uintptr_t>(slot.data),
                         static_cast<std::size_t>(parameter.size) * size_of(slot.dtype), i,
                         slot.name});
     }
@@ -283,8 +281,7 @@ void Engine::refuse_overlap(std::vector<MemoryRange>& ranges) const {
 
 void Engine::refuse(const Overlap& overlap) const {
   const auto text = [&](const MemoryRange& range) {
-    return "'" + std::string(range.what) + "' of " +
-           where(parameters_[static_cast<std::size_t>(range.parameter)]);
+    return "'" + std::string(range.what) + "' of " + where(at(parameters_, range.parameter));
   };
   throw InvalidArgument("memory overlaps: " + text(overlap.first) + " and " + text(overlap.second));
 }

@@ -11,9 +11,7 @@
 namespace fusestep::detail {
 
 TensorView Engine::norm_begin(Device device, std::span<const Stream> streams) {
-  refuse_if_broken();
-  check({.streams = streams});
-  refuse_in_capture("norm_begin()", streams);
+  begin_outside_captures("norm_begin()", streams);
   // The host's numbers need no backend of their own.
   if (device.is_cuda()) device_index(device, "norm_begin()");
   list_working_devices();
@@ -38,7 +36,7 @@ TensorView Engine::norm_begin(Device device, std::span<const Stream> streams) {
 
 /// Of all working devices, of which each has the sums of all.
 double* Engine::sums_on(Device device, std::span<const Stream> streams) {
-  DeviceRecord& there = *devices_[static_cast<std::size_t>(device_index(device, "norm_begin()"))];
+  DeviceRecord& there = *at(devices_, device_index(device, "norm_begin()"));
   return there.backend->gather_sums(static_cast<int>(working_.size()), stream_of(streams, device));
 }
 
@@ -75,7 +73,7 @@ void Engine::take_reduced_sums(std::span<const Stream> streams) {
     }
     return;
   }
-  DeviceRecord& from = *devices_[static_cast<std::size_t>(device_index(norm_device_, "step"))];
+  DeviceRecord& from = *at(devices_, device_index(norm_device_, "step"));
   void* from_stream = stream_of(streams, from.device);
   if (working_.empty()) return;
   from.backend->scatter_sums(from_stream);

@@ -17,11 +17,11 @@ namespace fusestep {
 namespace {
 
 const detail::ParameterRecord& record(const detail::Engine* engine, int parameter) {
-  return engine->parameters()[static_cast<std::size_t>(parameter)];
+  return detail::at(engine->parameters(), parameter);
 }
 
 const detail::GroupRecord& group_record(const detail::Engine* engine, int group) {
-  return engine->groups()[static_cast<std::size_t>(group)];
+  return detail::at(engine->groups(), group);
 }
 
 }  // namespace

@@ -70,11 +70,11 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     if (parameter.device == device) parameter.row = -1;
   }
   for_each_stepping(device, groups, parameters, [&](int, ParameterRecord& parameter) {
-    const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
+    const GroupRecord& group = at(groups, parameter.group);
     // add_group(), borrow() and the step have refused what is not in the table.
     parameter.layout = layout_of(group, parameter, stores_grads).value();
     const int bucket = find_rule(group.hyper) * kLayouts + parameter.layout;
-    members[static_cast<std::size_t>(bucket)].push_back(&parameter);
+    at(members, bucket).push_back(&parameter);
   });
 
   Plan plan;
@@ -85,10 +85,9 @@ Plan build_plan(int device, const Backend& backend, std::span<const GroupRecord>
     std::int64_t elements = 0;
     const bool wide = key_at(layout).value == DType::kFloat64;
     const bool noisy = key_at(layout).extra == Extra::kStochasticRounding;
-    for (ParameterRecord* parameter : members[static_cast<std::size_t>(key)]) {
+    for (ParameterRecord* parameter : at(members, key)) {
       const int row = parameter->row = static_cast<int>(plan.tensors.size());
-      plan.tensors.push_back(
-          tensor_row(*parameter, groups[static_cast<std::size_t>(parameter->group)], backend));
+      plan.tensors.push_back(tensor_row(*parameter, at(groups, parameter->group), backend));
       plan.prepare.push_back({parameter->step_tensor, parameter->state, parameter->group,
                               static_cast<std::int16_t>(rule), static_cast<std::int8_t>(wide),
                               static_cast<std::int8_t>(parameter->step_is_double),
@@ -110,9 +109,9 @@ Backend::RowRange refresh_rows(Plan& plan, std::span<const int> changed, const B
                                const std::vector<ParameterRecord>& parameters) {
   Backend::RowRange rows;
   for (const int index : changed) {
-    const ParameterRecord& parameter = parameters[static_cast<std::size_t>(index)];
-    const GroupRecord& group = groups[static_cast<std::size_t>(parameter.group)];
-    plan.tensors[static_cast<std::size_t>(parameter.row)] = tensor_row(parameter, group, backend);
+    const ParameterRecord& parameter = at(parameters, index);
+    const GroupRecord& group = at(groups, parameter.group);
+    at(plan.tensors, parameter.row) = tensor_row(parameter, group, backend);
     rows.begin = rows.end == 0 ? parameter.row : std::min(rows.begin, parameter.row);
     rows.end = std::max(rows.end, parameter.row + 1);
   }

@@ -20,7 +20,7 @@ template <class F>
 void for_each_stepping(int device, std::span<const GroupRecord> groups, auto& parameters, F&& f) {
   for (const GroupRecord& group : groups) {
     for (const int index : group.parameters) {
-      auto& parameter = parameters[static_cast<std::size_t>(index)];
+      auto& parameter = at(parameters, index);
       if (parameter.device == device && parameter.steps()) f(index, parameter);
     }
   }

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "at.h"
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
@@ -75,7 +76,6 @@ struct ParameterRecord {
   int row = -1;                // in the device's plan; -1 if it does not step
   int layout = -1;             // there: position in Layouts
 
-  std::size_t grad_bytes() const { return static_cast<std::size_t>(size) * size_of(grad.dtype); }
   bool steps() const { return !frozen && grad.present; }
   const Slot* find_slot(std::string_view slot_name) const {
     for (const Slot& slot : slots) {

@@ -72,7 +72,7 @@ void LrSchedule::set_step(std::int64_t step) {
     }
   }
   for (int i = 0; i < static_cast<int>(groups.size()); ++i) {
-    const double base = base_.at(groups[static_cast<std::size_t>(i)].name);
+    const double base = base_.at(detail::at(groups, i).name);
     engine_->set_lr(i, base * factor);
     engine_->set_initial_lr(i, base);
   }

@@ -10,7 +10,7 @@
 namespace fusestep::detail {
 
 StepState Engine::read_state(int index) {
-  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  const ParameterRecord& parameter = at(parameters_, index);
   DeviceRecord& device = device_of(parameter);
   const auto given = device.given_states.find(parameter.state);
   if (given != device.given_states.end()) return given->second;
@@ -21,7 +21,7 @@ StepState Engine::read_state(int index) {
 }
 
 void Engine::write_step(int index, std::int64_t step) {
-  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  const ParameterRecord& parameter = at(parameters_, index);
   if (step < 0) {
     throw InvalidArgument(where(parameter) + ": step must be >= 0, got " + std::to_string(step));
   }
@@ -50,7 +50,7 @@ void Engine::give_state(const ParameterRecord& parameter, StepState state) {
 }
 
 TensorView Engine::slot(int index, std::string_view name) const {
-  const ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
+  const ParameterRecord& parameter = at(parameters_, index);
   const Slot* slot = parameter.find_slot(name);
   if (slot == nullptr) {
     std::string present;
@@ -64,8 +64,8 @@ TensorView Engine::slot(int index, std::string_view name) const {
 }
 
 void Engine::bind_slot(int index, std::string_view name, const TensorView& memory) {
-  ParameterRecord& parameter = parameters_[static_cast<std::size_t>(index)];
-  const GroupRecord& group = groups_[static_cast<std::size_t>(parameter.group)];
+  ParameterRecord& parameter = at(parameters_, index);
+  const GroupRecord& group = at(groups_, parameter.group);
   const SlotKinds kinds(group, parameter.value.dtype);
   const SlotKind* known = kinds.find(name);
   if (known == nullptr) {

@@ -102,12 +102,10 @@ void check_scalar(const std::string& what, const TensorView& scalar) {
 
 bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found) {
   std::erase_if(ranges, [](const MemoryRange& range) { return range.bytes == 0; });
-  std::sort(ranges.begin(), ranges.end(), [](const MemoryRange& a, const MemoryRange& b) {
-    return std::less<>()(a.begin, b.begin);
-  });
+  std::sort(ranges.begin(), ranges.end(),
+            [](const MemoryRange& a, const MemoryRange& b) { return a.begin < b.begin; });
   for (std::size_t i = 1; i < ranges.size(); ++i) {
-    const auto distance = static_cast<std::size_t>(ranges[i].begin - ranges[i - 1].begin);
-    if (distance >= ranges[i - 1].bytes) continue;
+    if (ranges[i].begin - ranges[i - 1].begin >= ranges[i - 1].bytes) continue;
     found = {ranges[i - 1], ranges[i]};
     return true;
   }
@@ -117,7 +115,7 @@ bool find_overlap(std::vector<MemoryRange>& ranges, Overlap& found) {
 bool find_overlap(const std::vector<MemoryRange>& a, const std::vector<MemoryRange>& b,
                   Overlap& found) {
   const auto ends_before = [](const MemoryRange& first, const MemoryRange& second) {
-    return std::less_equal<>()(first.begin + first.bytes, second.begin);
+    return first.begin + first.bytes <= second.begin;
   };
   for (std::size_t i = 0, j = 0; i < a.size() && j < b.size();) {
     if (ends_before(a[i], b[j])) {

@@ -4,6 +4,7 @@
 // Checks of what the caller hands in. Each throws InvalidArgument and changes nothing.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -28,9 +29,10 @@ void check_shard(const std::string& where, const Shard& shard, const TensorView&
 /// One float32 or float64 element.
 void check_scalar(const std::string& what, const TensorView& scalar);
 
-/// A stretch of one device's memory and whose it is.
+/// A stretch of one device's memory and whose it is. Addresses are numbers here: pointers to
+/// different arrays are not to be compared and subtracted.
 struct MemoryRange {
-  const char* begin;
+  std::uintptr_t begin;
   std::size_t bytes;
   int parameter;
   std::string_view what;

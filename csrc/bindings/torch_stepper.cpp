@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "at.h"
 #include "fusestep/detail/layout.h"
 #include "fusestep/detail/rule_list.h"
 #include "torch_threads.h"
@@ -300,9 +301,9 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   if (is_lazily_changed(grad, *grad_info)) return false;
   if (!known && is_lazily_changed(value, *value_info)) return false;
 
-  const Group& kind = kinds_[static_cast<std::size_t>(tensor.group)];
+  const Group& kind = detail::at(kinds_, tensor.group);
   if (!fill_state(kind, whole_value, *value_info, state, tensor)) return false;
-  const detail::BorrowedGroup& group = groups_[static_cast<std::size_t>(tensor.group)];
+  const detail::BorrowedGroup& group = detail::at(groups_, tensor.group);
   return detail::find_layout(detail::layout_key(group, tensor)).has_value();
 }
 
@@ -613,7 +614,7 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
     const Py_ssize_t step = looks_at_all ? 1 : std::max<Py_ssize_t>(count - 1, 1);
     for (Py_ssize_t j = 0; j < count; j += step) {
       PyObject* const value = PyList_GET_ITEM(params, j);
-      const Known::Place& place = known.places[static_cast<std::size_t>(j)];
+      const Known::Place& place = detail::at(known.places, j);
       if (value != place.value.tensor.ptr() || !place.value.is_there(reader_)) return false;
       if (!place.has(grad_of(value), reader_)) return false;
     }
@@ -650,7 +651,7 @@ bool TorchStepper::Known::holds_same(PyObject* list) const {
   const auto count = static_cast<Py_ssize_t>(places.size());
   if (list != params.ptr() || !PyList_Check(list) || PyList_GET_SIZE(list) != count) return false;
   for (Py_ssize_t j = 0; j < count; ++j) {
-    const Place& place = places[static_cast<std::size_t>(j)];
+    const Place& place = detail::at(places, j);
     if (PyList_GET_ITEM(list, j) != place.value.tensor.ptr()) return false;
   }
   return true;
@@ -675,7 +676,7 @@ const std::vector<std::vector<Device>>& TorchStepper::devices_of_groups() {
   if (devices_are_known_) return devices_;
   devices_.assign(kinds_.size(), {});
   for (const detail::BorrowedTensor& tensor : tensors_) {
-    std::vector<Device>& devices = devices_[static_cast<std::size_t>(tensor.group)];
+    std::vector<Device>& devices = detail::at(devices_, tensor.group);
     if (std::find(devices.begin(), devices.end(), tensor.device) == devices.end()) {
       devices.push_back(tensor.device);
     }

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "at.h"
 #include "checkpoint/state_file.h"
 #include "fusestep/error.h"
 
@@ -68,7 +69,7 @@ DictSource::DictSource(const StateDict& dict) : dict_(dict) {
 
 void DictSource::read(int parameter, const std::string& slot, ByteRange range,
                       const TakePiece& take) {
-  const ParameterState& state = dict_.state[positions_[static_cast<std::size_t>(parameter)]];
+  const ParameterState& state = dict_.state[at(positions_, parameter)];
   const std::vector<std::byte>& data = state.slots.at(slot).data;
   take_pieces(data.data(), data.size(), range, take);
 }
@@ -88,8 +89,7 @@ StateDict to_dict(StateSource& source) {
   const std::vector<ParameterDescription>& parameters = source.description().parameters;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const ParameterDescription& parameter = parameters[i];
-    dict.param_groups[static_cast<std::size_t>(parameter.group)].params.push_back(
-        static_cast<std::int64_t>(i));
+    at(dict.param_groups, parameter.group).params.push_back(static_cast<std::int64_t>(i));
     ParameterState state;
     state.name = parameter.name;
     const std::string where = "parameter '" + parameter.name + "'";

@@ -100,9 +100,7 @@ ByteRange range_wanted(const ParameterDescription& from, const ParameterRecord& 
 
 EngineSource::EngineSource(Engine& engine, bool values, std::span<const Stream> streams)
     : engine_(engine), streams_(streams) {
-  engine_.refuse_if_broken();
-  engine_.check({.streams = streams});
-  engine_.refuse_in_capture("state_dict(), save() or load()", streams);
+  engine_.begin_outside_captures("state_dict(), save() or load()", streams);
   for (const GroupRecord& group : engine_.groups_) description_.groups.push_back(describe(group));
   for (int i = 0; i < static_cast<int>(engine_.parameters_.size()); ++i) {
     description_.parameters.push_back(describe(i, values));
@@ -143,8 +141,8 @@ double EngineSource::learning_rate_now(const GroupRecord& group) {
 }
 
 ParameterDescription EngineSource::describe(int index, bool value) {
-  const ParameterRecord& record = engine_.parameters_[static_cast<std::size_t>(index)];
-  const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(record.group)];
+  const ParameterRecord& record = at(engine_.parameters_, index);
+  const GroupRecord& group = at(engine_.groups_, record.group);
   const StepState state = engine_.read_state(index);
   ParameterDescription description;
   description.name = record.name;
@@ -169,7 +167,7 @@ ParameterDescription EngineSource::describe(int index, bool value) {
 
 void EngineSource::read(int index, const std::string& name, ByteRange range,
                         const TakePiece& take) {
-  const ParameterRecord& record = engine_.parameters_[static_cast<std::size_t>(index)];
+  const ParameterRecord& record = at(engine_.parameters_, index);
   const TensorView memory = name == kValue ? record.value : engine_.slot(index, name);
   Backend& backend = *engine_.device_of(record).backend;
   const auto* data = static_cast<const std::byte*>(memory.data);
@@ -215,8 +213,7 @@ Match EngineLoader::match_or_refuse(const StateSource& source, const Description
   }
   matched.report.metadata = source.metadata();
   for (LoadReport::HyperDifference& difference : matched.report.hyper) {
-    const GroupRecord& group =
-        engine_.groups_[static_cast<std::size_t>(engine_.find_group(difference.group))];
+    const GroupRecord& group = at(engine_.groups_, engine_.find_group(difference.group));
     // The rate is still read from the caller's memory.
     if (difference.key == "lr" && group.lr_source.present) difference.taken = false;
   }
@@ -241,7 +238,7 @@ Description EngineLoader::renamed(const Description& saved) const {
 void EngineLoader::read_settings(const Description& saved, const std::vector<int>& sources) {
   for (std::size_t i = 0; i < sources.size(); ++i) {
     if (sources[i] < 0) continue;
-    const GroupDescription& from = saved.groups[static_cast<std::size_t>(sources[i])];
+    const GroupDescription& from = at(saved.groups, sources[i]);
     const GroupRecord& group = engine_.groups_[i];
     const std::string where = "settings saved of group '" + from.name + "'";
     Settings settings{static_cast<int>(i),
@@ -263,8 +260,8 @@ void EngineLoader::read_parameters(const Description& saved,
                                    const std::vector<Match::Pair>& pairs) {
   given_states_.resize(engine_.devices_.size());
   for (const Match::Pair& pair : pairs) {
-    const ParameterDescription& from = saved.parameters[static_cast<std::size_t>(pair.saved)];
-    const bool has_settings = !saved.groups[static_cast<std::size_t>(from.group)].rule.empty();
+    const ParameterDescription& from = at(saved.parameters, pair.saved);
+    const bool has_settings = !at(saved.groups, from.group).rule.empty();
     const bool takes_frozen = options_.what == LoadWhat::kAll && has_settings;
     const bool filled = from.slots.count(kMomentumBuffer) != 0;
     Parameter parameter{pair.here,
@@ -274,16 +271,16 @@ void EngineLoader::read_parameters(const Description& saved,
                         pair.slots};
     ParameterRecord& to = record(pair.here);
     to.spare_slots.reserve(kMaxSlotKinds);
-    given_states_[static_cast<std::size_t>(to.device)][to.state] = parameter.state;
+    at(given_states_, to.device)[to.state] = parameter.state;
     parameters_.push_back(std::move(parameter));
   }
 }
 
 void EngineLoader::list_transfers(const Description& saved, const std::vector<Match::Pair>& pairs) {
   for (const Match::Pair& pair : pairs) {
-    const ParameterDescription& from = saved.parameters[static_cast<std::size_t>(pair.saved)];
+    const ParameterDescription& from = at(saved.parameters, pair.saved);
     const ParameterRecord& to = record(pair.here);
-    const GroupRecord& group = engine_.groups_[static_cast<std::size_t>(to.group)];
+    const GroupRecord& group = at(engine_.groups_, to.group);
     for (const std::string& name : pair.slots) {
       const DType dtype = name == kValue          ? to.value.dtype
                           : name == kMasterWeight ? DType::kFloat32
@@ -317,8 +314,7 @@ void EngineLoader::make_room() {
   for (const Transfer& t : transfers_) {
     if (t.in_place) continue;
     ParameterRecord& to = record(t.here);
-    wanted[static_cast<std::size_t>(to.device)].push_back(
-        {&to, {slot_name(t.name), t.to, nullptr, false}});
+    at(wanted, to.device).push_back({&to, {slot_name(t.name), t.to, nullptr, false}});
   }
   growths_.reserve(wanted.size());
   engine_.on_device([&] {
@@ -424,7 +420,7 @@ void EngineLoader::write(const Transfer& transfer, std::byte* to, const void* fr
 
 void EngineLoader::commit(Metadata& metadata) noexcept {
   for (Settings& settings : settings_) {
-    GroupRecord& group = engine_.groups_[static_cast<std::size_t>(settings.group)];
+    GroupRecord& group = at(engine_.groups_, settings.group);
     group.hyper = settings.hyper;
     group.settings_changed = true;
     group.initial_lr = settings.initial_lr;

@@ -84,9 +84,7 @@ class EngineLoader {
   void commit(Metadata& metadata) noexcept;
   void bring_to_graphs();
 
-  ParameterRecord& record(int index) {
-    return engine_.parameters_[static_cast<std::size_t>(index)];
-  }
+  ParameterRecord& record(int index) { return at(engine_.parameters_, index); }
   DeviceRecord& device_of(int index) { return engine_.device_of(record(index)); }
   std::byte* memory_of(const Transfer& transfer);
   void* stream_for(const DeviceRecord& device) const {

@@ -8,6 +8,7 @@
 #include <set>
 #include <unordered_map>
 
+#include "at.h"
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
 #include "fusestep/optimizer.h"
@@ -103,17 +104,13 @@ class Matcher {
 
  private:
   const ParameterDescription& saved(const Match::Pair& pair) const {
-    return saved_.parameters[static_cast<std::size_t>(pair.saved)];
+    return at(saved_.parameters, pair.saved);
   }
   const ParameterDescription& here(const Match::Pair& pair) const {
-    return here_.parameters[static_cast<std::size_t>(pair.here)];
+    return at(here_.parameters, pair.here);
   }
-  const GroupDescription& group_here(int index) const {
-    return here_.groups[static_cast<std::size_t>(index)];
-  }
-  const GroupDescription& saved_group(int index) const {
-    return saved_.groups[static_cast<std::size_t>(index)];
-  }
+  const GroupDescription& group_here(int index) const { return at(here_.groups, index); }
+  const GroupDescription& saved_group(int index) const { return at(saved_.groups, index); }
 
   void pair_up() {
     if (options_.by_position) return pair_by_position();
@@ -130,7 +127,7 @@ class Matcher {
         result_.report.missing.push_back(here_.parameters[i].name);
         continue;
       }
-      known[static_cast<std::size_t>(found->second)] = true;
+      at(known, found->second) = true;
       paired_.push_back({found->second, static_cast<int>(i)});
     }
     for (std::size_t i = 0; i < known.size(); ++i) {
@@ -163,14 +160,14 @@ class Matcher {
     result_.settings.assign(here_.groups.size(), -1);
     other_rule_.assign(here_.groups.size(), false);
     for (const Match::Pair& pair : paired_) {
-      int& from = result_.settings[static_cast<std::size_t>(here(pair).group)];
+      int& from = at(result_.settings, here(pair).group);
       const int group = saved(pair).group;
       if (from < 0) from = group;
       if (from == group || from == kSeveral) continue;
       if (!same_settings(saved_group(from), saved_group(group))) from = kSeveral;
     }
     for (int i = 0; i < static_cast<int>(here_.groups.size()); ++i) {
-      int& from = result_.settings[static_cast<std::size_t>(i)];
+      int& from = at(result_.settings, i);
       if (from == -1) continue;
       const GroupDescription& group = group_here(i);
       if (from == kSeveral) {
@@ -187,7 +184,7 @@ class Matcher {
       }
       if (canonical_rule(source.rule) != canonical_rule(group.rule)) {
         report(group.name, "rule", source.rule, group.rule);
-        other_rule_[static_cast<std::size_t>(i)] = true;
+        at(other_rule_, i) = true;
         from = -1;
         continue;
       }
@@ -212,7 +209,7 @@ class Matcher {
     const GroupDescription& group = group_here(to.group);
     const std::string& saved_rule = saved_group(from.group).rule;
     if (!saved_rule.empty() && canonical_rule(saved_rule) != canonical_rule(group.rule)) {
-      if (!other_rule_[static_cast<std::size_t>(to.group)]) {
+      if (!at(other_rule_, to.group)) {
         report(to.name, "rule", saved_rule, group.rule);
       }
       return;
@@ -276,7 +273,7 @@ class Matcher {
                             const std::set<std::string_view>& always) {
     const GroupDescription& group = group_here(to.group);
     const GroupDescription& source = saved_group(from.group);
-    const int settings = result_.settings[static_cast<std::size_t>(to.group)];
+    const int settings = at(result_.settings, to.group);
     const GroupDescription& then = settings < 0 ? group : saved_group(settings);
     SlotNames had;
     if (!source.rule.empty()) {

@@ -9,6 +9,7 @@
 #include <set>
 #include <string_view>
 
+#include "at.h"
 #include "checkpoint/state_file.h"
 #include "files/atomic_file.h"
 #include "files/header.h"
@@ -78,7 +79,7 @@ class Merge {
     std::vector<int> groups;
     for (const GroupDescription& group : description.groups) groups.push_back(group_of(group));
     for (const ParameterDescription& parameter : description.parameters) {
-      add(parameter, groups[static_cast<std::size_t>(parameter.group)]);
+      add(parameter, at(groups, parameter.group));
     }
   }
 
@@ -161,8 +162,8 @@ class Merge {
       if (one != other) refuse(what + property, one, known.file, other, file);
     };
     const ParameterDescription& one = known.description;
-    same("group", description_.groups[static_cast<std::size_t>(one.group)].name,
-         description_.groups[static_cast<std::size_t>(given.group)].name);
+    same("group", at(description_.groups, one.group).name,
+         at(description_.groups, given.group).name);
     same("dtype", one.value.dtype, given.value.dtype);
     same("whole shape", to_string(one.value.shape), to_string(given.value.shape));
     if (known.has_elements && has_elements) {

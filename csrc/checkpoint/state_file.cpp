@@ -7,6 +7,7 @@
 #include <optional>
 #include <set>
 
+#include "at.h"
 #include "files/header.h"
 #include "fusestep/detail/rule_list.h"
 #include "fusestep/error.h"
@@ -209,8 +210,8 @@ void StateFileReader::add_slots() {
     if (!tensors_.emplace(std::pair(found->second, name->slot), i).second) {
       refuse("tensor '" + tensor.name + "' is there twice, once with other escapes in its name");
     }
-    description_.parameters[static_cast<std::size_t>(found->second)].slots[name->slot] = {
-        torch_dtype(tensor.dtype), tensor.shape};
+    at(description_.parameters, found->second).slots[name->slot] = {torch_dtype(tensor.dtype),
+                                                                    tensor.shape};
   }
 }
 
@@ -246,8 +247,7 @@ std::string StateFileReader::header_checksum() const {
 
 std::uint64_t StateFileReader::bytes(int parameter, const std::string& slot) const {
   if (!is_index_) return file_.tensors()[tensor(parameter, slot)].bytes();
-  const ParameterDescription& described =
-      description_.parameters[static_cast<std::size_t>(parameter)];
+  const ParameterDescription& described = at(description_.parameters, parameter);
   return bytes_of(dtype_from_name(described.slots.at(slot).dtype, slot), described.value.shape,
                   slot);
 }

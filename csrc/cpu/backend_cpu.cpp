@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "at.h"
 #include "fp_environment.h"
 #include "fusestep/detail/backend.h"
 #include "fusestep/detail/norm.h"
@@ -62,18 +63,14 @@ class CpuBackend final : public Backend {
         NormSum* first = norm_sums_.data() + i * kNormBlock;
         const auto size =
             static_cast<int>(std::min<std::int64_t>(kNormBlock, count - i * kNormBlock));
-        norm_sums_[static_cast<std::size_t>(i)] = kernels_.add_sums(first, size);
+        at(norm_sums_, i) = kernels_.add_sums(first, size);
       }
       count = groups;
     }
-    norm_parts_[static_cast<std::size_t>(position)] = count == 0 ? NormSum{} : norm_sums_[0];
+    at(norm_parts_, position) = count == 0 ? NormSum{} : norm_sums_[0];
   }
-  NormSum read_sum(int position, void*) override {
-    return norm_parts_[static_cast<std::size_t>(position)];
-  }
-  void write_sum(int position, NormSum sum, void*) override {
-    norm_parts_[static_cast<std::size_t>(position)] = sum;
-  }
+  NormSum read_sum(int position, void*) override { return at(norm_parts_, position); }
+  void write_sum(int position, NormSum sum, void*) override { at(norm_parts_, position) = sum; }
 
   void run(const StepRequest& request, void*) override {
     const DefaultFpEnvironment environment;
@@ -83,16 +80,14 @@ class CpuBackend final : public Backend {
     prepare(decision);
     parallel_for(static_cast<int>(tasks_.size()), [&](int task) {
       const DefaultFpEnvironment environment_of_thread;
-      apply(tasks_[static_cast<std::size_t>(task)]);
+      apply(at(tasks_, task));
     });
   }
 
   void copy_grad_norm(double* to, void*) override { *to = control_.grad_norm; }
 
-  StepState read_state(int index) override { return states_[static_cast<std::size_t>(index)]; }
-  void write_state(int index, StepState state, void*) override {
-    states_[static_cast<std::size_t>(index)] = state;
-  }
+  StepState read_state(int index) override { return at(states_, index); }
+  void write_state(int index, StepState state, void*) override { at(states_, index) = state; }
   Control read_control() override { return control_; }
   const void* read(const void* from, std::size_t, void*) override { return from; }
   void begin_writing(void*) override {}
@@ -129,7 +124,7 @@ class CpuBackend final : public Backend {
       const std::int64_t end = bucket.first_chunk + bucket.chunks;
       std::int64_t first = bucket.first_chunk, elements = 0;
       for (std::int64_t i = first; i < end; ++i) {
-        elements += chunk_elements(plan_->chunks[static_cast<std::size_t>(i)]);
+        elements += chunk_elements(at(plan_->chunks, i));
         if (elements < kCpuTask && i + 1 < end) continue;
         tasks_.push_back({&bucket, first, i + 1});
         first = i + 1;
@@ -139,19 +134,18 @@ class CpuBackend final : public Backend {
   }
 
   std::int64_t chunk_elements(Chunk chunk) const {
-    const std::int64_t size = plan_->tensors[static_cast<std::size_t>(chunk.tensor)].size;
+    const std::int64_t size = at(plan_->tensors, chunk.tensor).size;
     return std::min<std::int64_t>(kCpuChunk, size - std::int64_t{chunk.index} * kCpuChunk);
   }
 
   void sum_block(std::int64_t index) {
-    const Chunk block = plan_->norm_blocks[static_cast<std::size_t>(index)];
-    const TensorRow& row = plan_->tensors[static_cast<std::size_t>(block.tensor)];
+    const Chunk block = at(plan_->norm_blocks, index);
+    const TensorRow& row = at(plan_->tensors, block.tensor);
     const std::int64_t begin = std::int64_t{block.index} * kNormBlock;
     const auto count = static_cast<int>(std::min<std::int64_t>(kNormBlock, row.size - begin));
     const char* grads = static_cast<const char*>(row.grad) +
                         static_cast<std::size_t>(begin) * size_of(row.grad_dtype);
-    norm_sums_[static_cast<std::size_t>(index)] =
-        kernels_.norm[static_cast<int>(row.grad_dtype)](grads, count);
+    at(norm_sums_, index) = kernels_.norm[static_cast<int>(row.grad_dtype)](grads, count);
   }
 
   /// Tensors that follow each other mostly share group and step count: theirs are copied.
@@ -166,8 +160,7 @@ class CpuBackend final : public Backend {
           before == previous_before) {
         scalars_[i] = scalars_[i - 1];
       } else {
-        after = prepare_tensor(row, hypers_[static_cast<std::size_t>(row.group)], decision, before,
-                               scalars_[i]);
+        after = prepare_tensor(row, at(hypers_, row.group), decision, before, scalars_[i]);
       }
       write_state_after(row, after, states_.data());
       previous = &row;
@@ -178,7 +171,7 @@ class CpuBackend final : public Backend {
   void apply(const Task& task) const {
     const ApplyFunction function = kernels_.apply[task.bucket->rule][task.bucket->layout];
     for (std::int64_t i = task.first_chunk; i < task.end_chunk; ++i) {
-      const Chunk chunk = plan_->chunks[static_cast<std::size_t>(i)];
+      const Chunk chunk = at(plan_->chunks, i);
       const auto tensor = static_cast<std::size_t>(chunk.tensor);
       function(plan_->tensors[tensor], scalars_[tensor], std::int64_t{chunk.index} * kCpuChunk,
                chunk_elements(chunk));

@@ -238,7 +238,7 @@ TEST(StateStore, TakesAGrowthBack) {
 
 TEST(Overlap, OfRanges) {
   const auto range = [](std::uintptr_t begin, std::size_t bytes) {
-    return MemoryRange{reinterpret_cast<const char*>(begin), bytes, 0, "x"};
+    return MemoryRange{begin, bytes, 0, "x"};
   };
   Overlap found;
   std::vector<MemoryRange> apart = {range(30, 10), range(10, 10), range(20, 10), range(15, 0)};
@@ -253,8 +253,8 @@ TEST(Overlap, OfRanges) {
   const std::vector<MemoryRange> two = {range(10, 10), range(40, 10)};
   EXPECT_FALSE(find_overlap(two, {range(0, 10), range(20, 20), range(50, 1)}, found));
   for (const MemoryRange& other : {range(9, 2), range(19, 1), range(15, 100), range(0, 41)}) {
-    EXPECT_TRUE(find_overlap(two, {other}, found)) << static_cast<const void*>(other.begin);
-    EXPECT_TRUE(find_overlap({other}, two, found)) << static_cast<const void*>(other.begin);
+    EXPECT_TRUE(find_overlap(two, {other}, found)) << other.begin;
+    EXPECT_TRUE(find_overlap({other}, two, found)) << other.begin;
   }
 }
 

@@ -91,7 +91,8 @@ class Array {
   std::int64_t size() const { return size_; }
   std::size_t bytes() const { return static_cast<std::size_t>(size_) * size_of(dtype_); }
   unsigned char* data() {
-    return memory_[1].bytes + static_cast<std::size_t>(offset_) * size_of(dtype_);
+    auto* const memory = reinterpret_cast<unsigned char*>(memory_.data());
+    return memory + sizeof(Line) + static_cast<std::size_t>(offset_) * size_of(dtype_);
   }
   const unsigned char* data() const { return const_cast<Array*>(this)->data(); }
   TensorView view() { return view({size_}); }
