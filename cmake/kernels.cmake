@@ -18,6 +18,5 @@ set_source_files_properties(${FUSESTEP_CUDA_SOURCES} TARGET_DIRECTORY fusestep P
 # A program that links the static library needs the CUDA runtime, and no CUDA language of its own.
 target_link_libraries(fusestep PRIVATE CUDA::cudart_static)
 set_target_properties(fusestep PROPERTIES
-  LINKER_LANGUAGE CXX
   CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)

@@ -2,7 +2,9 @@
 set(FUSESTEP_FP_FLAGS -ffp-contract=off -fno-math-errno -fno-trapping-math)
 find_package(Threads REQUIRED)
 
-add_library(fusestep
+# All but the devices that a build may have or not: objects for the library, and for the tests' library
+# with a simulated CUDA runtime.
+add_library(fusestep_objects OBJECT
   csrc/borrowed.cpp
   csrc/checkpoint/description.cpp
   csrc/checkpoint/dict.cpp
@@ -35,21 +37,28 @@ add_library(fusestep
   csrc/files/header.cpp
   csrc/files/safetensors_reader.cpp
   csrc/files/safetensors_writer.cpp)
+target_include_directories(fusestep_objects PRIVATE
+  ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/csrc)
+target_include_directories(fusestep_objects SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
+target_compile_features(fusestep_objects PRIVATE cxx_std_20)
+target_compile_options(fusestep_objects PRIVATE
+  ${FUSESTEP_FP_FLAGS} -Wall -Wextra -Wconversion -Wshadow)
+target_link_libraries(fusestep_objects PRIVATE Threads::Threads)
+
+add_library(fusestep $<TARGET_OBJECTS:fusestep_objects>)
 add_library(fusestep::fusestep ALIAS fusestep)
-set_target_properties(fusestep PROPERTIES
-  VERSION ${PROJECT_VERSION}
-  SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
+set_target_properties(fusestep_objects fusestep PROPERTIES
   POSITION_INDEPENDENT_CODE ON
   CXX_VISIBILITY_PRESET hidden
   VISIBILITY_INLINES_HIDDEN ON)
+set_target_properties(fusestep PROPERTIES
+  LINKER_LANGUAGE CXX
+  VERSION ${PROJECT_VERSION}
+  SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
 target_include_directories(fusestep PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
   $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
-target_include_directories(fusestep PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-target_include_directories(fusestep SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
 target_compile_features(fusestep PUBLIC cxx_std_20)
-target_compile_options(fusestep PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:${FUSESTEP_FP_FLAGS};-Wall;-Wextra;-Wconversion;-Wshadow>)
 target_link_libraries(fusestep PRIVATE Threads::Threads)
 if(UNIX AND NOT APPLE)
   # Threads of ours sleep in it: dlclose() must not unmap it.

@@ -269,7 +269,8 @@ class FUSESTEP_API Optimizer {
   bool can_store_grads() const;
 
   /// Sets the master weights that exist to the parameters as they are now: for who has written to
-  /// parameters himself (loaded weights, averaged models).
+  /// parameters himself (loaded weights, averaged models). After OutOfMemory some may be set: call
+  /// it again.
   void refresh_master_weights(std::span<const Stream> streams = {});
 
   /// The norm over the gradients that would step now, which get their slots if they have none yet.
