@@ -6,7 +6,9 @@ find_package(pybind11 CONFIG REQUIRED)
 # fusestep_add_extension(target library sources...)
 function(fusestep_add_extension target library)
   pybind11_add_module(${target} MODULE
+    csrc/bindings/group_reader.cpp
     csrc/bindings/module.cpp
+    csrc/bindings/remembered_step.cpp
     csrc/bindings/state_files.cpp
     csrc/bindings/tensor_info.cpp
     csrc/bindings/tensor_reader.cpp

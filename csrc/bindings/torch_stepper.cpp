@@ -9,7 +9,7 @@
 
 #include "at.h"
 #include "fusestep/detail/layout.h"
-#include "fusestep/detail/rule_list.h"
+#include "python_objects.h"
 #include "torch_threads.h"
 
 namespace py = pybind11;
@@ -17,101 +17,11 @@ namespace py = pybind11;
 namespace fusestep::bindings {
 namespace {
 
-/// Names that are looked up for every group and parameter, made once and kept for ever.
-struct Keys {
-  PyObject* grad = PyUnicode_InternFromString("grad");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* step = PyUnicode_InternFromString("step");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* is_conj = PyUnicode_InternFromString("is_conj");
-  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
-  PyObject* spec = PyUnicode_InternFromString("_spec");
-  PyObject* placements = PyUnicode_InternFromString("placements");
-  PyObject* mesh = PyUnicode_InternFromString("mesh");
-  PyObject* differentiable = PyUnicode_InternFromString("differentiable");
-  PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* betas = PyUnicode_InternFromString("betas");
-  PyObject* eps = PyUnicode_InternFromString("eps");
-  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
-  PyObject* amsgrad = PyUnicode_InternFromString("amsgrad");
-  PyObject* maximize = PyUnicode_InternFromString("maximize");
-  PyObject* decoupled_weight_decay = PyUnicode_InternFromString("decoupled_weight_decay");
-  PyObject* momentum = PyUnicode_InternFromString("momentum");
-  PyObject* dampening = PyUnicode_InternFromString("dampening");
-  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
-  PyObject* alpha = PyUnicode_InternFromString("alpha");
-  PyObject* centered = PyUnicode_InternFromString("centered");
-  PyObject* master_weights = PyUnicode_InternFromString("master_weights");
-  PyObject* master_weight = PyUnicode_InternFromString("master_weight");
-  PyObject* rounding = PyUnicode_InternFromString("rounding");
-  PyObject* seed = PyUnicode_InternFromString("seed");
-  PyObject* param_names = PyUnicode_InternFromString("param_names");
-  PyObject* detach = PyUnicode_InternFromString("detach");
-};
-
-const Keys& keys() {
-  static const Keys keys;
-  return keys;
-}
-
-PyObject* slot_key(std::string_view name) {
-  static const std::vector<std::pair<std::string_view, PyObject*>> table = [] {
-    std::vector<std::pair<std::string_view, PyObject*>> made;
-    for (int rule = 0; rule < detail::kRules; ++rule) {
-      for (const std::string_view slot : detail::rule_info(rule).slots) {
-        made.emplace_back(slot, PyUnicode_InternFromString(std::string(slot).c_str()));
-      }
-    }
-    return made;
-  }();
-  const auto named = [&](const auto& entry) { return entry.first == name; };
-  return std::find_if(table.begin(), table.end(), named)->second;
-}
-
-bool is_none_or_missing(PyObject* object) { return object == nullptr || object == Py_None; }
-
 bool equal_in(const py::object& a, const py::object& b, PyObject* name) {
   const py::object first = attribute(a.ptr(), name), second = attribute(b.ptr(), name);
   const int answer = PyObject_RichCompareBool(first.ptr(), second.ptr(), Py_EQ);
   if (answer < 0) throw py::error_already_set();
   return answer == 1;
-}
-
-PyObject* item(PyObject* group, PyObject* key) {
-  PyObject* const value = PyDict_GetItemWithError(group, key);
-  if (value != nullptr) return value;
-  if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
-  throw py::error_already_set();
-}
-
-/// Null where the group has no such key.
-PyObject* find_item(PyObject* group, PyObject* key) {
-  PyObject* const value = PyDict_GetItemWithError(group, key);
-  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
-}
-
-bool is_true(PyObject* value) {
-  const int truth = value == nullptr ? 0 : PyObject_IsTrue(value);
-  if (truth < 0) throw py::error_already_set();
-  return truth == 1;
-}
-
-/// torch.Tensor hashes by identity; asking its Python method for that would cost more than all else
-/// that is done here for a parameter.
-PyObject* state_of(PyObject* states, PyObject* parameter) {
-  const auto hash = static_cast<Py_hash_t>(reinterpret_cast<std::intptr_t>(parameter));
-  PyObject* const state = _PyDict_GetItem_KnownHash(states, parameter, hash);
-  if (state == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return state != nullptr && PyDict_Check(state) ? state : nullptr;
-}
-
-/// Nothing names the objects any more when they go: what they call then may collect garbage, which
-/// visits what is named, or ask for a step.
-template <class T>
-void drop(T& held) {
-  const T gone = std::exchange(held, T());
 }
 
 /// What could not be destroyed in a capture; at the end of the process left to it.
@@ -126,7 +36,8 @@ TorchStepper::TorchStepper(std::string rule, const py::object& tensor_type)
     : rule_(std::move(rule)),
       reader_(tensor_type),
       is_neg_(keys().is_neg),
-      is_conj_(keys().is_conj) {}
+      is_conj_(keys().is_conj),
+      remembered_(reader_) {}
 
 /// Whose steps are in graphs has to wait for the device, at which a capture under way is lost; and
 /// the garbage collector asks nobody when it may come.
@@ -150,95 +61,6 @@ bool TorchStepper::is_captured(std::span<const Stream> streams) {
   } catch (const InvalidArgument&) {  // a capture that is invalid, or that the stream must not meet
     return true;
   }
-}
-
-/// A Python number or a tensor of one element.
-double TorchStepper::number(PyObject* value) const {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double read = PyFloat_AsDouble(value);
-  if (read == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return read;
-}
-
-detail::BorrowedGroup TorchStepper::read_group(PyObject* group) const {
-  const Keys& k = keys();
-  const auto get = [&](PyObject* key) { return number(item(group, key)); };
-  const auto flag = [&](PyObject* key) { return is_true(item(group, key)); };
-  detail::BorrowedGroup read;
-  double lr = 0;
-  PyObject* const given_lr = item(group, k.lr);
-  const bool lr_is_number = PyFloat_Check(given_lr) || PyLong_Check(given_lr);
-  const auto lr_tensor = lr_is_number ? std::nullopt : reader_.read(given_lr);
-  if (lr_tensor && lr_tensor->device.is_cuda() && lr_tensor->elements == 1 &&
-      size_of(lr_tensor->dtype) >= 4) {
-    read.lr_source = {lr_tensor->data, lr_tensor->dtype, {}, lr_tensor->device, true};
-  } else {
-    lr = number(given_lr);
-  }
-  if (rule_ == "Adam") {
-    const auto betas = py::reinterpret_steal<py::object>(
-        PySequence_Fast(item(group, k.betas), "betas must be a sequence of two numbers"));
-    if (!betas) throw py::error_already_set();
-    if (PySequence_Fast_GET_SIZE(betas.ptr()) != 2) throw py::value_error("betas must be two");
-    read.hyper = AdamHyper{lr,
-                           {number(PySequence_Fast_GET_ITEM(betas.ptr(), 0)),
-                            number(PySequence_Fast_GET_ITEM(betas.ptr(), 1))},
-                           get(k.eps),
-                           get(k.weight_decay),
-                           flag(k.amsgrad),
-                           flag(k.maximize),
-                           flag(k.decoupled_weight_decay)};
-  } else if (rule_ == "SGD") {
-    read.hyper = SgdHyper{lr,
-                          get(k.momentum),
-                          get(k.dampening),
-                          get(k.weight_decay),
-                          flag(k.nesterov),
-                          flag(k.maximize)};
-  } else {
-    read.hyper = RmspropHyper{lr,
-                              get(k.alpha),
-                              get(k.eps),
-                              get(k.weight_decay),
-                              get(k.momentum),
-                              flag(k.centered),
-                              flag(k.maximize)};
-  }
-  PyObject* const rounding = find_item(group, k.rounding);
-  if (rounding != nullptr && PyUnicode_CompareWithASCIIString(rounding, "stochastic") == 0) {
-    read.rounding = Rounding::kStochastic;
-  }
-  return read;
-}
-
-TorchStepper::Group TorchStepper::read_kind(PyObject* group, int first) const {
-  const Keys& k = keys();
-  Group kind;
-  kind.first = first;
-  kind.differentiable = is_true(item(group, k.differentiable));
-  kind.master_weights = is_true(find_item(group, k.master_weights));
-  kind.stochastic = groups_.back().rounding == Rounding::kStochastic;
-  kind.counts = rule_ != "SGD" || kind.stochastic;
-  for (const std::string_view name :
-       detail::rule_info(detail::find_rule(groups_.back().hyper)).slots) {
-    kind.slot_keys.push_back(slot_key(name));
-  }
-  if (!kind.stochastic) return kind;
-  if (PyObject* const seed = find_item(group, k.seed)) {
-    kind.seed = py::handle(seed).cast<std::uint64_t>();
-  }
-  if (PyObject* const names = find_item(group, k.param_names)) {
-    kind.names = py::reinterpret_borrow<py::object>(names);
-  }
-  return kind;
-}
-
-/// By the parameter's name, or where it has none by its place among all parameters.
-std::uint64_t TorchStepper::noise_seed_of(const Group& kind, int position) const {
-  if (!kind.stochastic) return 0;
-  if (kind.names.is_none()) return detail::noise_seed(kind.seed, std::to_string(position));
-  const py::object name = kind.names[py::int_(position - kind.first)];
-  return detail::noise_seed(kind.seed, py::str(name).cast<std::string>());
 }
 
 /// Memory that stands for its negative or conjugate.
@@ -301,14 +123,14 @@ bool TorchStepper::fill(PyObject* whole_value, PyObject* whole_grad, PyObject* s
   if (is_lazily_changed(grad, *grad_info)) return false;
   if (!known && is_lazily_changed(value, *value_info)) return false;
 
-  const Group& kind = detail::at(kinds_, tensor.group);
+  const GroupKind& kind = detail::at(kinds_, tensor.group);
   if (!fill_state(kind, whole_value, *value_info, state, tensor)) return false;
   const detail::BorrowedGroup& group = detail::at(groups_, tensor.group);
   return detail::find_layout(detail::layout_key(group, tensor)).has_value();
 }
 
 /// Slots, master weight and step count, as far as the parameter steps with them.
-bool TorchStepper::fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
+bool TorchStepper::fill_state(const GroupKind& kind, PyObject* whole_value, const TensorInfo& value,
                               PyObject* state, detail::BorrowedTensor& tensor) {
   const bool may_have_master = size_of(value.dtype) == 2;
   const bool needs_master = may_have_master && kind.master_weights;
@@ -411,7 +233,7 @@ void TorchStepper::rest(std::int32_t group, int position, PyObject* value) {
 
 void TorchStepper::take_settings(const py::object& group) {
   if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
-  groups_.push_back(read_group(group.ptr()));
+  groups_.push_back(read_settings(group.ptr(), rule_, reader_));
   const bool lr_on_device = groups_.back().lr_source.present;
   lr_tensors_.push_back(lr_on_device
                             ? py::reinterpret_borrow<py::object>(item(group.ptr(), keys().lr))
@@ -432,7 +254,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   drop(lr_tensors_);
   taken_ = 0;
   compared_ = 0;
-  drop(known_);
+  remembered_.overlook();
   steps_again_ = false;
   devices_are_known_ = false;
   can_store_grads_.reset();
@@ -442,7 +264,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const py::object group = groups[i];
     take_settings(group);
-    kinds_.push_back(read_kind(group.ptr(), position));
+    kinds_.push_back(read_kind(group.ptr(), rule_, groups_.back(), position));
 
     const auto params = py::reinterpret_steal<py::object>(
         PySequence_Fast(item(group.ptr(), keys().params), "params must be a list"));
@@ -459,7 +281,7 @@ py::list TorchStepper::gather(const py::list& groups, const py::dict& state,
       }
       detail::BorrowedTensor tensor;
       tensor.group = static_cast<std::int32_t>(i);
-      tensor.noise_seed = noise_seed_of(kinds_.back(), position);
+      tensor.noise_seed = kinds_.back().noise_seed_of(position);
       tensor.buffer_filled = true;
       const bool ready = !kinds_.back().differentiable &&
                          fill(value, grad.ptr(), state_of(state.ptr(), value), tensor);
@@ -477,7 +299,7 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
                        const py::dict& state, bool fresh) {
   detail::BorrowedTensor tensor;
   tensor.group = group;
-  tensor.noise_seed = noise_seed_of(kinds_.at(static_cast<std::size_t>(group)), position);
+  tensor.noise_seed = kinds_.at(static_cast<std::size_t>(group)).noise_seed_of(position);
   tensor.buffer_filled = !fresh;
   if (!fill(value.ptr(), grad.ptr(), state.ptr(), tensor)) return false;
   devices_are_known_ = false;
@@ -486,137 +308,33 @@ bool TorchStepper::add(int group, int position, const py::object& value, const p
   return true;
 }
 
-std::optional<TorchStepper::Known::Seen> TorchStepper::see(PyObject* tensor) const {
-  const auto info = reader_.read(tensor);
-  if (!info) return {};
-  return Known::Seen{py::reinterpret_borrow<py::object>(tensor), info->kept()};
-}
-
-/// Making an alias costs more than all else that is remembered: that of the last time serves again.
-bool TorchStepper::hold(PyObject* tensor, std::vector<Known::Held>& held) const {
-  const auto info = reader_.read(tensor);
-  if (!info) return false;
-  if (held.size() < held_.size()) {
-    const Known::Held& before = held_[held.size()];
-    if (before.tensor.ptr() == tensor && before.data == info->data) {
-      held.push_back(before);
-      return true;
-    }
-  }
-  auto alias = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, keys().detach));
-  if (!alias) throw py::error_already_set();
-  held.push_back({py::reinterpret_borrow<py::object>(tensor), std::move(alias), info->data});
-  return true;
-}
-
-/// What fill_state() has read.
-bool TorchStepper::hold_state(const Group& kind, PyObject* state,
-                              std::vector<Known::Held>& held) const {
-  if (state == nullptr) return true;
-  const auto hold_named = [&](PyObject* name) {
-    PyObject* const tensor = find_item(state, name);
-    return is_none_or_missing(tensor) || hold(tensor, held);
-  };
-  return std::all_of(kind.slot_keys.begin(), kind.slot_keys.end(), hold_named) &&
-         hold_named(keys().master_weight) && (!kind.counts || hold_named(keys().step));
-}
-
 bool TorchStepper::remember(const py::list& groups, const py::list& places, const py::dict& state) {
-  drop(known_);
-  std::vector<Known> known;
-  std::vector<Known::Held> held;
-  const bool could_see = !takes_turns() && see_all(groups, places, state, known, held);
-  if (!could_see) {
+  if (takes_turns()) {
     forget();
     return false;
   }
-  known_ = std::move(known);
-  held_ = std::move(held);
-  return true;
+  std::vector<std::vector<PyObject*>> state_keys;
+  for (const GroupKind& kind : kinds_) state_keys.push_back(kind.state_keys());
+  return remembered_.see(groups, places, state, state_keys);
 }
 
-bool TorchStepper::see_all(const py::list& groups, const py::list& places, const py::dict& state,
-                           std::vector<Known>& known, std::vector<Known::Held>& held) const {
-  std::size_t position = 0;
-  for (std::size_t i = 0; i < groups.size(); ++i) {
-    const py::object group = groups[i];
-    known.push_back({py::reinterpret_borrow<py::object>(item(group.ptr(), keys().params)), {}});
-    for (const py::handle value : py::reinterpret_borrow<py::list>(known.back().params)) {
-      const py::object grad = attribute(value.ptr(), keys().grad);
-      if (!grad.is_none() && (position >= places.size() || !grad.is(places[position]))) {
-        return false;
-      }
-      auto seen_value = see(value.ptr());
-      auto seen_grad = grad.is_none() ? std::nullopt : see(grad.ptr());
-      if (!seen_value || (!grad.is_none() && !seen_grad)) return false;
-      if (!hold(value.ptr(), held)) return false;
-      if (!grad.is_none() && !hold_state(kinds_.at(i), state_of(state.ptr(), value.ptr()), held)) {
-        return false;
-      }
-      known.back().places.push_back({std::move(*seen_value), grad, std::move(seen_grad)});
-      ++position;
-    }
-  }
-  return true;
-}
-
-void TorchStepper::forget() {
-  drop(known_);
-  drop(held_);
-}
-
-int TorchStepper::visit(visitproc visit, void* arg) const {
-  Py_VISIT(written_.ptr());
-  for (const py::object& grad : grads_) Py_VISIT(grad.ptr());
-  for (const py::object& lr : lr_tensors_) Py_VISIT(lr.ptr());
-  for (const Known::Held& held : held_) {
-    Py_VISIT(held.tensor.ptr());
-    Py_VISIT(held.alias.ptr());
-  }
-  for (const Known& known : known_) {
-    Py_VISIT(known.params.ptr());
-    for (const Known::Place& place : known.places) {
-      Py_VISIT(place.value.tensor.ptr());
-      Py_VISIT(place.grad.ptr());
-      if (place.seen_grad) Py_VISIT(place.seen_grad->tensor.ptr());
-    }
-  }
-  return 0;
-}
-
-void TorchStepper::clear() {
-  drop(known_);
-  drop(held_);
-  drop(lr_tensors_);
-  drop(grads_);
-  drop(written_);
-}
+void TorchStepper::forget() { remembered_.forget(); }
 
 bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool looks_at_all) {
   steps_again_ = false;
-  if (known_.empty() || groups.size() != known_.size() || writes_grads != writes_grads_) {
-    return false;
-  }
+  if (!remembered_.knows(groups) || writes_grads != writes_grads_) return false;
   const TensorReader::Pass pass(reader_, looked_at_);
   groups_.clear();
   drop(lr_tensors_);
   AttributeOf grad_of(keys().grad);
-  for (std::size_t i = 0; i < known_.size(); ++i) {
-    const Known& known = known_[i];
+  for (std::size_t i = 0; i < groups.size(); ++i) {
     const py::object group = groups[i];
     take_settings(group);
     PyObject* const params = item(group.ptr(), keys().params);
-    const auto count = static_cast<Py_ssize_t>(known.places.size());
-    if (params != known.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != count ||
-        !read_kind(group.ptr(), kinds_[i].first).same_as(kinds_[i])) {
+    if (!remembered_.is_list_of(i, params) ||
+        read_kind(group.ptr(), rule_, groups_.back(), kinds_[i].first) != kinds_[i] ||
+        !remembered_.is_there(i, params, looks_at_all, grad_of)) {
       return false;
-    }
-    const Py_ssize_t step = looks_at_all ? 1 : std::max<Py_ssize_t>(count - 1, 1);
-    for (Py_ssize_t j = 0; j < count; j += step) {
-      PyObject* const value = PyList_GET_ITEM(params, j);
-      const Known::Place& place = detail::at(known.places, j);
-      if (value != place.value.tensor.ptr() || !place.value.is_there(reader_)) return false;
-      if (!place.has(grad_of(value), reader_)) return false;
     }
   }
   steps_again_ = true;
@@ -625,45 +343,25 @@ bool TorchStepper::is_unchanged(const py::list& groups, bool writes_grads, bool 
 
 py::object TorchStepper::strays(const py::list& groups) const {
   if (!holds_same(groups)) return py::none();
-  py::list found;
-  AttributeOf grad_of(keys().grad), requires_grad_of(keys().requires_grad);
-  for (const Known& known : known_) {
-    for (const Known::Place& place : known.places) {
-      PyObject* const value = place.value.tensor.ptr();
-      const py::object grad = grad_of(value);
-      if (grad.is_none()) continue;
-      if (place.has(grad, reader_) && is_true(requires_grad_of(value).ptr())) continue;
-      found.append(py::handle(value));
-    }
-  }
-  return found;
+  return remembered_.strays();
 }
 
 bool TorchStepper::holds_same(const py::list& groups) const {
-  if (known_.empty() || groups.size() != known_.size()) return false;
-  for (std::size_t i = 0; i < known_.size(); ++i) {
-    if (!known_[i].holds_same(item(py::object(groups[i]).ptr(), keys().params))) return false;
-  }
-  return true;
+  return remembered_.holds_same(groups);
 }
 
-bool TorchStepper::Known::holds_same(PyObject* list) const {
-  const auto count = static_cast<Py_ssize_t>(places.size());
-  if (list != params.ptr() || !PyList_Check(list) || PyList_GET_SIZE(list) != count) return false;
-  for (Py_ssize_t j = 0; j < count; ++j) {
-    const Place& place = detail::at(places, j);
-    if (PyList_GET_ITEM(list, j) != place.value.tensor.ptr()) return false;
-  }
-  return true;
+int TorchStepper::visit(visitproc visit, void* arg) const {
+  Py_VISIT(written_.ptr());
+  for (const py::object& grad : grads_) Py_VISIT(grad.ptr());
+  for (const py::object& lr : lr_tensors_) Py_VISIT(lr.ptr());
+  return remembered_.visit(visit, arg);
 }
 
-bool TorchStepper::Known::Seen::is_there(const TensorReader& reader) const {
-  const auto now = reader.read(tensor.ptr());
-  return now && now->is_same_as(info);
-}
-
-bool TorchStepper::Known::Place::has(const py::object& now, const TensorReader& reader) const {
-  return now.is(grad) && (!seen_grad || seen_grad->is_there(reader));
+void TorchStepper::clear() {
+  forget();
+  drop(lr_tensors_);
+  drop(grads_);
+  drop(written_);
 }
 
 bool TorchStepper::can_store_grads() {

@@ -15,6 +15,8 @@
 
 #include "borrowed.h"
 #include "found_in_type.h"
+#include "group_reader.h"
+#include "remembered_step.h"
 #include "tensor_reader.h"
 
 namespace fusestep::bindings {
@@ -42,7 +44,7 @@ class TorchStepper {
 
   /// After a step that took everything: whether all gradients are in place, `places` having the
   /// tensor that each parameter's is to be, or None. Then is_unchanged() may be asked. What the
-  /// step has found in `state` lives until the next gather(), or forget().
+  /// step has found in `state` lives until the next remember(), or forget().
   bool remember(const pybind11::list& groups, const pybind11::list& places,
                 const pybind11::dict& state);
   void forget();
@@ -95,67 +97,12 @@ class TorchStepper {
   bool reads_through_shim() const { return reader_.has_shim(); }
 
  private:
-  struct Group {
-    int first = 0;  // position of its first parameter among all
-    bool differentiable = false;
-    bool master_weights = false;
-    bool stochastic = false;
-    bool counts = true;  // steps, in the state's "step"
-    std::uint64_t seed = 0;
-    pybind11::object names = pybind11::none();  // of its parameters, where it needs them
-    std::vector<PyObject*> slot_keys;           // of its rule variant
-
-    /// Names are the same where the list of them is.
-    bool same_as(const Group& other) const {
-      return first == other.first && differentiable == other.differentiable &&
-             master_weights == other.master_weights && stochastic == other.stochastic &&
-             counts == other.counts && seed == other.seed && names.is(other.names) &&
-             slot_keys == other.slot_keys;
-    }
-  };
-  /// What remember() has seen of a group.
-  struct Known {
-    /// A tensor, and how it was.
-    struct Seen {
-      pybind11::object tensor;
-      TensorInfo info;
-
-      bool is_there(const TensorReader& reader) const;
-    };
-    /// A tensor, and where it was. `.data = t` gives it other memory; the alias keeps this.
-    struct Held {
-      pybind11::object tensor, alias;
-      const void* data;
-    };
-    struct Place {
-      Seen value;
-      pybind11::object grad;  // or None
-      std::optional<Seen> seen_grad;
-
-      bool has(const pybind11::object& now, const TensorReader& reader) const;
-    };
-    pybind11::object params;  // the list
-    std::vector<Place> places;
-
-    bool holds_same(PyObject* list) const;
-  };
-
-  std::optional<Known::Seen> see(PyObject* tensor) const;
-  bool see_all(const pybind11::list& groups, const pybind11::list& places,
-               const pybind11::dict& state, std::vector<Known>& known,
-               std::vector<Known::Held>& held) const;
-  bool hold_state(const Group& kind, PyObject* state, std::vector<Known::Held>& held) const;
-  bool hold(PyObject* tensor, std::vector<Known::Held>& held) const;
-  detail::BorrowedGroup read_group(PyObject* group) const;
-  Group read_kind(PyObject* group, int first) const;
-  std::uint64_t noise_seed_of(const Group& kind, int position) const;
-  double number(PyObject* value) const;
   bool is_dtensor(PyObject* tensor) const;
   pybind11::object local(PyObject* tensor) const;
   bool placed_alike(PyObject* a, PyObject* b);
   bool fill(PyObject* whole_value, PyObject* whole_grad, PyObject* state,
             detail::BorrowedTensor& tensor);
-  bool fill_state(const Group& kind, PyObject* whole_value, const TensorInfo& value,
+  bool fill_state(const GroupKind& kind, PyObject* whole_value, const TensorInfo& value,
                   PyObject* state, detail::BorrowedTensor& tensor);
   bool is_lazily_changed(PyObject* tensor, const TensorInfo& info);
   void take_settings(const pybind11::object& group);
@@ -175,7 +122,7 @@ class TorchStepper {
   Trail gathered_, looked_at_;  // of gather() and is_unchanged()
   AnswerOf is_neg_, is_conj_;
   detail::BorrowedOptimizer optimizer_;
-  std::vector<Group> kinds_;
+  std::vector<GroupKind> kinds_;
   std::vector<detail::BorrowedGroup> groups_;
   std::vector<detail::BorrowedTensor> tensors_;
   std::vector<int> positions_;                // of tensors_, among all parameters
@@ -184,8 +131,7 @@ class TorchStepper {
   pybind11::object dtensor_ = pybind11::none();
   std::vector<std::pair<pybind11::object, pybind11::object>> alike_;  // specs of DTensors
   std::size_t compared_ = 0;
-  std::vector<Known> known_;                  // by group; empty: nothing may be skipped
-  std::vector<Known::Held> held_;             // of the last remember()
+  RememberedStep remembered_;
   bool steps_again_ = false;                  // tensors_ are those of the last step
   std::vector<std::vector<Device>> devices_;  // of tensors_, by group
   bool devices_are_known_ = false;
