@@ -15,8 +15,9 @@ import torch
 
 from . import _core, precision, state
 from .dtensor import is_dtensor
-from .freezing import is_read_only, refuse_wrong_values
+from .freezing import refuse_wrong_values, why_frozen_for_ever
 from .gradients import has_overlap
+from .inference import is_read_only
 from .names import listed
 from .sources import dtype_named, made_tensor, open_source, pieces_of, plain
 from .state import LoadReport, Path, Rename
@@ -322,10 +323,12 @@ class _NewState:
                 value = dtype_named(value)
             if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
                 taken[key] = value
-            elif self._tensors_here[id(now)] == 1 and not is_read_only(now):
+            elif self._tensors_here[id(now)] == 1 and now.is_floating_point() and not is_read_only(now):
                 filled.append((now, float(value)))
             else:
-                taken[key] = torch.full_like(now, float(value))  # other groups share it, or it cannot be written
+                # Other groups share it, or it cannot be written, or has no fractions.
+                dtype = now.dtype if now.is_floating_point() else torch.float32
+                taken[key] = torch.full_like(now, float(value), dtype=dtype)
         values = {id(tensor): number for tensor, number in filled}
         try:
             refuse_wrong_values(self._optimizer, {k: values.get(id(v), v) for k, v in {**group, **taken}.items()})
@@ -343,9 +346,11 @@ class _NewState:
         value, frozen = tensors.pop("value", None), described.get("frozen", False)
         if value is not None and has_overlap(p):
             raise _core.InvalidArgument(f"parameter '{described['name']}' is expanded: its value cannot be loaded")
-        if is_read_only(p) and (value is not None or (self._thaws and not frozen and not p.requires_grad)):
-            what = "its value cannot be loaded" if value is not None else "it cannot be thawed"
-            raise _core.InvalidArgument(f"parameter '{described['name']}' was made under inference_mode: {what}")
+        why = why_frozen_for_ever(p) if self._thaws and not frozen else None
+        if value is not None and is_read_only(p):
+            why = "was made under inference_mode: its value cannot be loaded"
+        if why is not None:
+            raise _core.InvalidArgument(f"parameter '{described['name']}' {why}")
         own = {
             slot: _laid_out_like(p, tensor, group, slot) if slot in of_rule else tensor
             for slot, tensor in tensors.items()

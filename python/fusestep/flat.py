@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from . import freezing
 from ._core import InvalidArgument
 from .dtensor import is_dtensor
+from .inference import is_read_only
 
 # As csrc/state_store.cpp, csrc/cpu/tuning.h and kernels/tuning.h have it. Elements of which parameters begin at a
 # multiple: 64 bytes of the smallest dtype, 256 on CUDA.
@@ -500,6 +501,8 @@ def _why_not(p):
         return "it is not initialized yet: make a forward pass first"
     if not p.is_leaf:
         return "it is not a leaf of autograd's graph"
+    if is_read_only(p):
+        return "it was made under inference_mode, and autograd refuses such tensors"
     if is_dtensor(p):
         return "not for DTensors, of which other ranks have parts"
     if p.device.type not in ("cpu", "cuda"):

@@ -18,6 +18,7 @@ import torch
 
 from . import precision
 from ._core import InvalidArgument
+from .inference import is_read_only
 from .names import Names, listed, names_of, parameters_of
 
 # What schedulers keep for each group, in its order.
@@ -49,7 +50,7 @@ def freeze(what: Any, model: torch.nn.Module | None = None, optimizer: torch.opt
         model: whose names are meant.
         optimizer: whose names are meant if there is no model.
 
-    Raises InvalidArgument if something matches no parameter, and changes nothing.
+    Raises InvalidArgument, and changes nothing, if something matches no parameter, or one that is no leaf.
     """
     names = names_of(model, optimizer)
     parameters = parameters_of(what, model, names)
@@ -86,18 +87,17 @@ def thaw(
         lr: the learning rate from now on.
         **settings: further settings of the group, such as `weight_decay`.
 
-    Raises InvalidArgument for what matches no parameter and settings the optimizer does not have, and
-    what torch raises for values it refuses; nothing has changed then.
+    Raises InvalidArgument for what matches no parameter, parameters of integers or made under inference_mode,
+    and settings the optimizer does not have, and what torch raises for values it refuses; nothing has changed then.
     """
     if lr is not None:
         settings["lr"] = lr
     names = names_of(model, optimizer)
     parameters = parameters_of(what, model, names)
     for p in parameters:
-        if not (p.is_floating_point() or p.is_complex()):
-            raise InvalidArgument(f"{_label(p, names)} of {p.dtype} cannot require a gradient")
-        if is_read_only(p) and not p.requires_grad:
-            raise InvalidArgument(f"{_label(p, names)} was made under inference_mode: it cannot require a gradient")
+        why = why_frozen_for_ever(p)
+        if why is not None:
+            raise InvalidArgument(f"{_label(p, names)} {why}")
     if optimizer is not None:
         _Regrouping(optimizer, parameters, settings, names, _several(scheduler)).apply()
     elif settings or scheduler is not None:
@@ -233,9 +233,13 @@ def _copied(value):
     return value.clone() if torch.is_tensor(value) else value
 
 
-def is_read_only(tensor: torch.Tensor) -> bool:
-    """Whether torch refuses to write it and to change whether it requires a gradient."""
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+def why_frozen_for_ever(p: torch.Tensor) -> str | None:
+    """Why a parameter cannot be made to require a gradient; None if it can, or does."""
+    if p.requires_grad:
+        return None
+    if not (p.is_floating_point() or p.is_complex()):
+        return f"of {p.dtype} cannot require a gradient"
+    return "was made under inference_mode: it cannot require a gradient" if is_read_only(p) else None
 
 
 def refuse_wrong_values(optimizer, group):

@@ -19,6 +19,7 @@ import torch
 
 from ._core import InvalidArgument
 from .dtensor import is_dtensor, local, whole
+from .inference import is_read_only
 
 Pairs = list[tuple[torch.Tensor, "torch.Tensor | None"]]
 """Parameters and what they step with."""
@@ -65,7 +66,7 @@ def unscale(groups: Iterable[dict], loss_scale: torch.Tensor, found_inf: Any) ->
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if p.grad.is_inference() or has_overlap(p.grad):
+            if is_read_only(p.grad) or has_overlap(p.grad):
                 p.grad = p.grad.clone()  # dense, and of this mode
             whole_grad = p.grad
             if whole_grad.layout is torch.sparse_coo:

@@ -38,6 +38,7 @@ from .gradients import (
     unscale,
 )
 from .groups import param_groups_by
+from .inference import has_version, tell_written
 from .state import SLOTS
 from .summary import Summarizable, Summary, summary
 from .tables import shape_text
@@ -364,7 +365,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             has_none = self._measures() and not self._stepper.written
             self._norm_apart = self._no_norm(0.0) if has_none else None
         if tells:
-            torch.autograd.graph.increment_version(self._stepper.written)
+            tell_written(self._stepper.written)
 
     def _step_with_unready(self, unready, found_inf, loss_scale):
         """The step, where a parameter lacks state, or its memory cannot be stepped as it is."""
@@ -390,7 +391,7 @@ class _FusedStep(Checkpoints, Freezable, Summarizable):
             self._run(None, loss_scale, False, norm)
         for copy in copies:
             copy.write_back()
-        torch.autograd.graph.increment_version([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
+        tell_written([copy.parameter for copy in copies if is_dtensor(copy.parameter)])
         if loss_scale is not None and not self.keep_scaled_grads:
             unscale(self.param_groups, loss_scale, None)
 
@@ -627,11 +628,10 @@ class RMSprop(_FusedStep, torch.optim.RMSprop):
 
 def _zero(grads):
     """Fills them with zeros. torch 2.11 does not count that as a change on CUDA devices: it is counted here."""
-    version = None if grads[0].is_inference() else grads[0]._version
+    version = grads[0]._version if has_version(grads[0]) else None
     torch._foreach_zero_(grads)
     if version is not None and grads[0]._version == version:
-        for grad in grads:
-            torch.autograd.graph.increment_version(grad)
+        tell_written(grads)
 
 
 def _check_capturable(optimizer):

@@ -1231,47 +1231,77 @@ def test_expanded_parameters_are_not_written(tmp_path):
     optimizer.load(tmp_path / "state", values=False)
 
 
-@pytest.mark.parametrize(
-    ("options", "frozen", "message"),
-    [
-        ({"values": True}, True, "its value cannot be loaded"),
-        ({"values": True}, False, "its value cannot be loaded"),
-        ({"values": False}, False, "it cannot be thawed"),
-        ({"values": False}, True, None),
-        ({"values": False, "what": "state"}, False, None),
-    ],
-)
-def test_parameters_of_inference_mode(options, frozen, message, tmp_path):
-    """What torch would refuse to write is known before anything is."""
+def of_inference_mode(p):
+    with torch.inference_mode():
+        return torch.nn.Parameter(p.detach().clone(), requires_grad=False)
+
+
+def of_inference_mode_moved(p):
+    """torch knows it by its lack of a version counter alone."""
+    return torch.nn.Module.to(torch.nn.ParameterList([of_inference_mode(p)]), torch.float64).to(torch.float32)[0]
+
+
+def of_integers(p):
+    return torch.nn.Parameter(p.detach().to(torch.int64), requires_grad=False)
+
+
+THERE = "made under inference_mode: "
+UNWRITABLE = {  # how the parameter is made, options of the load, whether it was frozen, message
+    "value": (of_inference_mode, {"values": True}, True, THERE + "its value cannot be loaded"),
+    "value, thawed": (of_inference_mode, {"values": True}, False, THERE + "its value cannot be loaded"),
+    "value, moved": (of_inference_mode_moved, {"values": True}, True, THERE + "its value cannot be loaded"),
+    "thawed": (of_inference_mode, {"values": False}, False, THERE + "it cannot require a gradient"),
+    "thawed, moved": (of_inference_mode_moved, {"values": False}, False, THERE + "it cannot require a gradient"),
+    "stays frozen": (of_inference_mode, {"values": False}, True, None),
+    "state alone": (of_inference_mode, {"values": False, "what": "state"}, False, None),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_parameters_that_torch_does_not_write(kind, tmp_path):
+    """It is known before anything is written."""
+    make, options, frozen, message = UNWRITABLE[kind]
     parameters, optimizer = trained("Adam")
     parameters["scale"].requires_grad_(not frozen)
     optimizer.save(tmp_path / "state", values=True)
     here = model()
-    with torch.inference_mode():
-        here["scale"] = torch.nn.Parameter(here["scale"].detach().clone(), requires_grad=False)
+    here["scale"] = make(here["scale"])
     resumed = optimizer_of("Adam", here)
     before = everything(here, resumed)
     if message is None:
         resumed.load(tmp_path / "state", **options)
-        support.assert_bits(state_only(contents(here, resumed)), state_only(contents(parameters, optimizer)))
-        return
-    with pytest.raises(fusestep.InvalidArgument, match=f"parameter 'scale' was made under inference_mode: {message}"):
-        resumed.load(tmp_path / "state", **options)
-    assert_same(everything(here, resumed), before)
-    with torch.inference_mode():
-        resumed.load(tmp_path / "state", **options)
+    else:
+        with pytest.raises(fusestep.InvalidArgument, match=f"parameter 'scale' was {message}"):
+            resumed.load(tmp_path / "state", **options)
+        assert_same(everything(here, resumed), before)
+        with torch.inference_mode():
+            resumed.load(tmp_path / "state", **options)
+    support.assert_bits(state_only(contents(here, resumed)), state_only(contents(parameters, optimizer)))
 
 
-def test_a_tensor_lr_of_inference_mode(tmp_path):
+def test_parameters_of_integers_are_not_thawed(tmp_path):
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    fusestep.optim.SGD([("first", first), ("second", second)], lr=0.5).save(tmp_path / "state")
+    first.requires_grad_(False)
+    resumed = fusestep.optim.SGD([("first", first), ("second", of_integers(second))], lr=0.25)
+    with pytest.raises(fusestep.InvalidArgument, match="'second' of torch.int64 cannot require a gradient"):
+        resumed.load(tmp_path / "state", strict=False)
+    assert not first.requires_grad and resumed.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("kind", ["of inference mode", "the same, moved", "of integers"])
+def test_a_tensor_lr_that_cannot_be_filled(kind, tmp_path):
     parameters, optimizer = trained("Adam")
     optimizer.save(tmp_path / "state")
-    with torch.inference_mode():
-        lr = torch.tensor(0.5)
+    with torch.inference_mode(kind != "of integers"):
+        lr = torch.tensor(1, dtype=torch.int64 if kind == "of integers" else torch.float32)
+    if kind == "the same, moved":
+        lr.data = torch.ones(())
     resumed = optimizer_of("Adam", model(), lr=lr)
     resumed.load(tmp_path / "state")
     assert torch.is_tensor(resumed.param_groups[0]["lr"])
     assert resumed.param_groups[0]["lr"].item() == pytest.approx(SETTINGS["Adam"]["lr"])
-    assert lr.item() == 0.5
+    assert lr.item() == 1
 
 
 NOT_NAMED = {

@@ -478,17 +478,19 @@ def test_settings_stay_when_a_state_dict_is_loaded(again):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("read_only", ["of inference mode", "expanded"])
+@pytest.mark.parametrize("read_only", ["of inference mode", "the same, moved", "expanded"])
 def test_gradients_that_cannot_be_divided_in_place(read_only, momentum):
     """They are stepped with, and replaced by what GradScaler would leave."""
     (p,) = support.tensors((4,))
     before = p.detach().clone()
     optimizer = fusestep.optim.SGD([p], lr=1.0, momentum=momentum)
     for step in (1, 2):
-        with torch.inference_mode(read_only == "of inference mode"):
+        with torch.inference_mode(read_only != "expanded"):
             p.grad = torch.full((1,), 4.0, device=device.DEFAULT).expand(4)
             if read_only != "expanded":
                 p.grad = p.grad.clone()
+        if read_only == "the same, moved":
+            p.grad.data = p.grad.data.clone()
         optimizer.grad_scale = torch.tensor(4.0, device=device.DEFAULT)
         optimizer.step()
         assert p.grad.tolist() == [1.0] * 4
