@@ -2,9 +2,23 @@
 set(FUSESTEP_FP_FLAGS -ffp-contract=off -fno-math-errno -fno-trapping-math)
 find_package(Threads REQUIRED)
 
-# All but the devices that a build may have or not: objects for the library, and for the tests' library
-# with a simulated CUDA runtime.
-add_library(fusestep_objects OBJECT
+# fusestep_add_objects(name sources...): a part of the library. Those of the tests take the objects as well.
+function(fusestep_add_objects name)
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(${name} PRIVATE
+    ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/csrc)
+  target_include_directories(${name} SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
+  target_compile_features(${name} PRIVATE cxx_std_20)
+  target_compile_options(${name} PRIVATE
+    ${FUSESTEP_FP_FLAGS} -Wall -Wextra -Wconversion -Wshadow)
+  target_link_libraries(${name} PRIVATE Threads::Threads)
+  set_target_properties(${name} PROPERTIES
+    POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  target_sources(fusestep PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+add_library(fusestep)
+fusestep_add_objects(fusestep_objects
   csrc/borrowed.cpp
   csrc/checkpoint/description.cpp
   csrc/checkpoint/dict.cpp
@@ -37,20 +51,7 @@ add_library(fusestep_objects OBJECT
   csrc/files/header.cpp
   csrc/files/safetensors_reader.cpp
   csrc/files/safetensors_writer.cpp)
-target_include_directories(fusestep_objects PRIVATE
-  ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/csrc)
-target_include_directories(fusestep_objects SYSTEM PRIVATE ${PROJECT_SOURCE_DIR}/csrc/third_party)
-target_compile_features(fusestep_objects PRIVATE cxx_std_20)
-target_compile_options(fusestep_objects PRIVATE
-  ${FUSESTEP_FP_FLAGS} -Wall -Wextra -Wconversion -Wshadow)
-target_link_libraries(fusestep_objects PRIVATE Threads::Threads)
-
-add_library(fusestep $<TARGET_OBJECTS:fusestep_objects>)
 add_library(fusestep::fusestep ALIAS fusestep)
-set_target_properties(fusestep_objects fusestep PROPERTIES
-  POSITION_INDEPENDENT_CODE ON
-  CXX_VISIBILITY_PRESET hidden
-  VISIBILITY_INLINES_HIDDEN ON)
 set_target_properties(fusestep PROPERTIES
   LINKER_LANGUAGE CXX
   VERSION ${PROJECT_VERSION}
@@ -86,8 +87,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
                    -mprefer-vector-width=512)
 endif()
 
+# fusestep_cuda is the CUDA backend, or what stands for it in a build without.
 if(FUSESTEP_WITH_CUDA)
   include(cmake/kernels.cmake)
 else()
-  target_sources(fusestep PRIVATE csrc/cuda_unavailable.cpp)
+  fusestep_add_objects(fusestep_cuda csrc/cuda_unavailable.cpp)
 endif()
