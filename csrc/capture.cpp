@@ -31,7 +31,7 @@ bool Engine::in_graphs() const {
                      [](const auto& device) { return device->backend->in_graphs(); });
 }
 
-/// Of every call that enqueues work, steps and zero_grad() apart.
+/// Of every call that enqueues work, but step(), zero_grad() and copy_grad_norm().
 void Engine::begin_outside_captures(const char* call, std::span<const Stream> streams) {
   refuse_if_broken();
   check_streams(streams);

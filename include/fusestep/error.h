@@ -24,7 +24,7 @@ class FUSESTEP_API InvalidArgument : public Error {
 };
 
 /// Memory for state or tables could not be had. Parameters, state and step counts are as before the
-/// call, where it says nothing else, and the optimizer can be used on.
+/// call, unless its own description says otherwise, and the optimizer can be used on.
 class FUSESTEP_API OutOfMemory : public Error {
  public:
   using Error::Error;
