@@ -323,12 +323,12 @@ class _NewState:
                 value = dtype_named(value)
             if not (torch.is_tensor(now) and now.numel() == 1 and _is_number(value)):
                 taken[key] = value
-            elif self._tensors_here[id(now)] == 1 and now.is_floating_point() and not is_read_only(now):
+            elif not now.is_floating_point() and not float(value).is_integer():
+                taken[key] = torch.full_like(now, float(value), dtype=torch.float32)
+            elif self._tensors_here[id(now)] == 1 and not is_read_only(now):
                 filled.append((now, float(value)))
             else:
-                # Other groups share it, or it cannot be written, or has no fractions.
-                dtype = now.dtype if now.is_floating_point() else torch.float32
-                taken[key] = torch.full_like(now, float(value), dtype=dtype)
+                taken[key] = torch.full_like(now, float(value))  # other groups share it, or it cannot be written
         values = {id(tensor): number for tensor, number in filled}
         try:
             refuse_wrong_values(self._optimizer, {k: values.get(id(v), v) for k, v in {**group, **taken}.items()})
