@@ -69,15 +69,9 @@ endif()
 # One object of the CPU loops per instruction set. -O3 in every build type: without it (and without
 # -fno-math-errno) the loops silently stay scalar.
 function(fusestep_add_isa isa)
-  set(object fusestep_kernels_${isa})
-  add_library(${object} OBJECT csrc/cpu/kernels.cpp)
-  target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/include)
-  target_compile_features(${object} PRIVATE cxx_std_20)
-  target_compile_definitions(${object} PRIVATE FUSESTEP_ISA=${isa})
-  target_compile_options(${object} PRIVATE ${FUSESTEP_FP_FLAGS} -O3 -Wall -Wextra ${ARGN})
-  set_target_properties(${object} PROPERTIES
-    POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
-  target_sources(fusestep PRIVATE $<TARGET_OBJECTS:${object}>)
+  fusestep_add_objects(fusestep_kernels_${isa} csrc/cpu/kernels.cpp)
+  target_compile_definitions(fusestep_kernels_${isa} PRIVATE FUSESTEP_ISA=${isa})
+  target_compile_options(fusestep_kernels_${isa} PRIVATE -O3 ${ARGN})
 endfunction()
 
 fusestep_add_isa(baseline)

@@ -17,6 +17,7 @@
 #include <string>
 #include <thread>
 
+#include "at.h"
 #include "fusestep/cpu.h"
 #include "fusestep/error.h"
 #include "thread_pool.h"
@@ -40,8 +41,8 @@ class Loop {
       return static_cast<int>(std::int64_t{count} * share / shares_);
     };
     for (int i = 0; i < shares_; ++i) {
-      share_[static_cast<std::size_t>(i)].next.store(first(i), std::memory_order_relaxed);
-      share_[static_cast<std::size_t>(i)].end = first(i + 1);
+      at(share_, i).next.store(first(i), std::memory_order_relaxed);
+      at(share_, i).end = first(i + 1);
     }
   }
 
@@ -59,7 +60,7 @@ class Loop {
 
   void work_on(int own) {
     for (int i = 0; i < shares_; ++i) {
-      Share& share = share_[static_cast<std::size_t>((own + i) % shares_)];
+      Share& share = at(share_, (own + i) % shares_);
       const auto take = [&] { return share.next.fetch_add(1, std::memory_order_relaxed); };
       for (int index = take(); index < share.end; index = take()) body_(context_, index);
     }

@@ -37,10 +37,10 @@ inline constexpr bool kThreadSanitizer = true;
 inline constexpr bool kThreadSanitizer = false;
 #endif
 
-inline constexpr bool kSanitized = kAddressSanitizer || kThreadSanitizer;
-
 /// Repetitions under a sanitizer, which sees as much in fewer of them.
-constexpr int repetitions(int count) { return kSanitized ? count / 10 : count; }
+constexpr int repetitions(int count) {
+  return kAddressSanitizer || kThreadSanitizer ? count / 10 : count;
+}
 
 /// splitmix64 of a counter (Steele, Lea & Flood, 2014): the same numbers from every compiler.
 inline std::uint64_t hash(std::uint64_t seed, std::uint64_t counter) {

@@ -79,6 +79,12 @@ def tensors(*shapes, dtype=torch.float32, seed=0):
     return [torch.nn.Parameter(value.to(device.DEFAULT)) for value in values]
 
 
+def of_inference_mode(p):
+    """A frozen copy that torch writes under inference_mode alone."""
+    with torch.inference_mode():
+        return torch.nn.Parameter(p.detach().clone(), requires_grad=False)
+
+
 def twins(parameters, dtype=None):
     return [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in parameters]
 

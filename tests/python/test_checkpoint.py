@@ -1231,14 +1231,10 @@ def test_expanded_parameters_are_not_written(tmp_path):
     optimizer.load(tmp_path / "state", values=False)
 
 
-def of_inference_mode(p):
-    with torch.inference_mode():
-        return torch.nn.Parameter(p.detach().clone(), requires_grad=False)
-
-
 def of_inference_mode_moved(p):
     """torch knows it by its lack of a version counter alone."""
-    return torch.nn.Module.to(torch.nn.ParameterList([of_inference_mode(p)]), torch.float64).to(torch.float32)[0]
+    moved = torch.nn.ParameterList([support.of_inference_mode(p)])
+    return moved.to(torch.float64).to(torch.float32)[0]
 
 
 def of_integers(p):
@@ -1247,13 +1243,13 @@ def of_integers(p):
 
 THERE = "made under inference_mode: "
 UNWRITABLE = {  # how the parameter is made, options of the load, whether it was frozen, message
-    "value": (of_inference_mode, {"values": True}, True, THERE + "its value cannot be loaded"),
-    "value, thawed": (of_inference_mode, {"values": True}, False, THERE + "its value cannot be loaded"),
+    "value": (support.of_inference_mode, {"values": True}, True, THERE + "its value cannot be loaded"),
+    "value, thawed": (support.of_inference_mode, {"values": True}, False, THERE + "its value cannot be loaded"),
     "value, moved": (of_inference_mode_moved, {"values": True}, True, THERE + "its value cannot be loaded"),
-    "thawed": (of_inference_mode, {"values": False}, False, THERE + "it cannot require a gradient"),
+    "thawed": (support.of_inference_mode, {"values": False}, False, THERE + "it cannot require a gradient"),
     "thawed, moved": (of_inference_mode_moved, {"values": False}, False, THERE + "it cannot require a gradient"),
-    "stays frozen": (of_inference_mode, {"values": False}, True, None),
-    "state alone": (of_inference_mode, {"values": False, "what": "state"}, False, None),
+    "stays frozen": (support.of_inference_mode, {"values": False}, True, None),
+    "state alone": (support.of_inference_mode, {"values": False, "what": "state"}, False, None),
 }
 
 

@@ -1278,14 +1278,11 @@ def not_a_leaf():
     return [p]
 
 
-def made_in_inference_mode():
-    with torch.inference_mode():
-        p = torch.nn.Parameter(torch.ones(3, device=device.DEFAULT), requires_grad=False)
-    return [one(3), p]
-
-
 REFUSED = {
-    "group 0, parameter 1: flatten: it was made under inference_mode": made_in_inference_mode,
+    "group 0, parameter 1: flatten: it was made under inference_mode": lambda: [
+        one(3),
+        support.of_inference_mode(one(3)),
+    ],
     "group 0, parameter 0 and group 0, parameter 1 share memory": overlapping,
     "group 0, parameter 1: flatten: not for a tensor that is not dense in memory: shape .3., strides .2.": lambda: [
         one(3),

@@ -416,8 +416,7 @@ def test_refused_parameters_change_nothing():
     model, optimizer = make("AdamW")
     freeze(model)
     whole = torch.nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
-    with torch.inference_mode():
-        read_only = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    read_only = support.of_inference_mode(torch.ones(2))
     for wrong, message in [
         (whole, r"a parameter of shape \[2\] of torch.int64 cannot require a gradient"),
         (read_only, r"a parameter of shape \[2\] was made under inference_mode: it cannot require a gradient"),
